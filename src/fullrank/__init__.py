@@ -1,0 +1,29 @@
+"""Full-rank training of large language models on a small memory budget.
+
+Optimizers for any training loop (this module needs torch alone) and an application around
+Hugging Face's Trainer (``fullrank.train``, the ``[train]`` extra).
+"""
+
+from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.methods import METHODS, Built, Method
+from fullrank.methods.apollo import ApolloAdamW
+from fullrank.methods.fira import FiraAdamW, FiraRMSprop
+from fullrank.methods.galore import GaLoreAdamW, GaLoreRMSprop
+from fullrank.params import divide_params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "ApolloAdamW",
+    "Built",
+    "CheckpointError",
+    "ConfigError",
+    "FiraAdamW",
+    "FiraRMSprop",
+    "GaLoreAdamW",
+    "GaLoreRMSprop",
+    "Method",
+    "UnsupportedError",
+    "divide_params",
+]

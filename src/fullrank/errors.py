@@ -1,0 +1,16 @@
+"""The errors a user can meet. Each message names the value, the bound and the remedy.
+
+Every class is also a built-in kind, so that code which knows nothing of this package can catch it.
+"""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: wrong type, out of bounds, unknown name, or a contradiction."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is incomplete, damaged, or was written by another method, model or setting."""
+
+
+class UnsupportedError(RuntimeError):
+    """A combination that this version refuses, with the reason and what to do instead."""

@@ -1,0 +1,13 @@
+"""The methods, one paper a file. ``METHODS`` is the table: a new method is its file and a line here."""
+
+from fullrank.methods import apollo, fira, full, galore
+from fullrank.methods.base import Built, Method
+
+METHODS: dict[str, Method] = {
+    "full": full.METHOD,
+    "galore": galore.METHOD,
+    "fira": fira.METHOD,
+    "apollo": apollo.METHOD,
+}
+
+__all__ = ["METHODS", "Built", "Method"]

@@ -1,0 +1,108 @@
+"""The whole contract of a method, and the options that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fullrank.params import divide_params
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A method at work on a model.
+
+    ``after_step`` and ``lr_scale`` are functions of the step number, so a resume needs no more state.
+    """
+
+    optimizer: torch.optim.Optimizer
+    after_step: Callable[[int], None] | None = None
+    """Called after the n-th optimizer step (n = 1, 2, ...)."""
+    lr_scale: Callable[[int], float] | None = None
+    """Multiplies the learning-rate schedule at optimizer step n (n = 0, 1, ... as schedulers count)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method: a row of the table ``METHODS``."""
+
+    name: str
+    paper: str
+    """arXiv number, or empty."""
+    config: type[Any]
+    """Dataclass of its options."""
+    build: Callable[[nn.Module, Any], Built]
+    """Makes it from a model and its options; allocates no state, so a model on the meta device will do."""
+    state_bytes: Callable[[nn.Module, Any], int]
+    """Bytes of optimizer state of a model under its options, before any training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """Options of every Adam-based method."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment per optimizer step."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (fraction of a weight per unit of learning rate)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionConfig(AdamConfig):
+    """Options of the methods that keep moments in a low-rank subspace."""
+
+    target_modules: list[str] | tuple[str, ...] = ("attn", "mlp")
+    """Substrings of the names of the weights to project; all others take plain AdamW."""
+    rank: int = 128
+    """Rank of the subspace, at most the short side of each matrix."""
+    update_proj_gap: int = 200
+    """Optimizer steps between two refreshes of the basis (T in the papers)."""
+    alpha: float = 0.25
+    """Scale of the low-rank update (GaLore's scale factor)."""
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
+    """Projected side: std (short), reverse_std (long), left (rows), right (columns), full (both)."""
+    basis: Literal["svd", "power", "random"] = "power"
+    """How a basis is found: exact SVD, warm-started block power iteration, or at random."""
+    rotate_moments: bool = False
+    """Carry the moments into the new basis at a refresh."""
+    stagger_refresh: bool = False
+    """Spread the refreshes of the matrices over the gap, so that no step stands out."""
+    state_dtype: Literal["float32", "bfloat16"] | None = "float32"
+    """Data type of the moments; none: that of the weights."""
+    seed: int = 0
+    """Seed of random starting directions."""
+
+
+def projected_groups(model: nn.Module, config: ProjectionConfig) -> list[dict[str, Any]]:
+    """The plain and the projected parameter group of a model under these options."""
+    return divide_params(
+        model,
+        config.target_modules,
+        rank=config.rank,
+        update_proj_gap=config.update_proj_gap,
+        alpha=config.alpha,
+        proj_type=config.proj_type,
+    )
+
+
+def projection_options(config: ProjectionConfig) -> dict[str, Any]:
+    """The keyword arguments that every projected AdamW class takes, from a configuration."""
+    return {
+        "lr": config.lr,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "basis": config.basis,
+        "rotate_moments": config.rotate_moments,
+        "stagger_refresh": config.stagger_refresh,
+        "state_dtype": config.state_dtype,
+        "seed": config.seed,
+    }

@@ -1,0 +1,114 @@
+"""Adam's moments and directions, and the plain AdamW update (arXiv:1412.6980, arXiv:1711.05101).
+
+Conventions of the projected methods' published code, kept everywhere in this package: the second
+moment is not bias-corrected inside the square root, both corrections sit in the step size, epsilon
+is added to the uncorrected root, and weight decay is applied after the update.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+CHUNK = 1 << 22
+"""Elements converted at a time where a state's dtype differs from its weight's (16 MB in float32)."""
+
+
+def adam_step_size(lr: float, betas: tuple[float, float], step: int, *, correct_bias: bool = True) -> float:
+    """The learning rate times Adam's two bias corrections at optimizer step ``step`` (1, 2, ...)."""
+    if not correct_bias:
+        return lr
+    return lr * math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
+
+
+def adam_direction_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """Update both moments in place with ``grad`` and return m / (sqrt(v) + eps), all of one shape."""
+    exp_avg.lerp_(grad, 1.0 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
+    return exp_avg / exp_avg_sq.sqrt().add_(eps)
+
+
+def rmsprop_direction_(square_avg: Tensor, grad: Tensor, *, beta: float, eps: float) -> Tensor:
+    """Update the second moment in place with ``grad`` and return g / (sqrt(v) + eps)."""
+    square_avg.mul_(beta).addcmul_(grad, grad, value=1.0 - beta)
+    return grad / square_avg.sqrt().add_(eps)
+
+
+def adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    correct_bias: bool,
+) -> None:
+    """One AdamW step on every tensor of the lists; weights and moments change in place.
+
+    torch's fused kernel does the work where it can. It divides by sqrt(v / c2) + eps, so it is given
+    eps / sqrt(c2), which is the same direction as m / (sqrt(v) + eps) with both corrections in the
+    step size. Tensors it does not take (moments in another dtype, no bias correction) go in chunks.
+    """
+    if correct_bias and all(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs)):
+        adamw(
+            weights,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            [torch.full((), step - 1.0, device=w.device) for w in weights],
+            fused=True,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps / math.sqrt(1.0 - betas[1] ** step),
+            amsgrad=False,
+            maximize=False,
+        )
+    else:
+        step_size = adam_step_size(lr, betas, step, correct_bias=correct_bias)
+        for weight, grad, exp_avg, exp_avg_sq in zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True):
+            _adam_in_chunks_(weight, grad, exp_avg, exp_avg_sq, step_size=step_size, betas=betas, eps=eps)
+    decay_(weights, lr=lr, weight_decay=weight_decay)
+
+
+def decay_(weights: list[Tensor], *, lr: float, weight_decay: float) -> None:
+    """Decoupled weight decay: multiply each weight by 1 - lr * weight_decay, in place."""
+    if weight_decay and weights:
+        torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
+
+
+def _adam_in_chunks_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step_size: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Adam with moments in their own dtype, in pieces of ``CHUNK`` elements to bound the temporaries."""
+    tensors = (weight, grad, exp_avg, exp_avg_sq)
+    flat = all(t.is_contiguous() for t in tensors)
+    pieces = [t.view(-1).split(CHUNK) if flat else (t,) for t in tensors]
+    for w, g, m, v in zip(*pieces, strict=True):
+        direction = adam_direction_(m, v, g.to(m.dtype), betas=betas, eps=eps)
+        w.add_(direction.to(w.dtype), alpha=-step_size)
+
+
+def _same_layout(weight: Tensor, *others: Tensor) -> bool:
+    """Whether torch's fused kernel, which walks memory in order, may take these tensors together."""
+    return weight.device.type in ("cpu", "cuda") and all(
+        t.dtype == weight.dtype and t.stride() == weight.stride() for t in others
+    )

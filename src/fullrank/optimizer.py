@@ -1,0 +1,161 @@
+"""The base of our optimizers: closure, loop, state made of tensors only, loading that keeps every dtype.
+
+A subclass says which state a parameter has (``state_spec``) and how one parameter is stepped. The
+spec is the only description of the state: it allocates it, predicts its bytes before training, and
+checks a checkpoint before it is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.sharding import refuse_sharded
+
+StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""State key -> shape and dtype."""
+
+
+class MethodOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose state is exactly what ``state_spec`` says, complete after the first step.
+
+    Gradients are read and never written. A parameter without a gradient is left alone, state and all.
+    Non-finite gradient entries reach the weights as they do in ``torch.optim.AdamW``: scale or clip
+    before the step.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_adam_options(defaults)
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
+        """Shape and dtype of every state tensor of one parameter."""
+
+    @abstractmethod
+    def step_group(self, group: dict[str, Any], number: int) -> None:
+        """Step the parameters of group ``number`` that have a gradient; these have their state."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: Recomputes the loss with gradients enabled; its value is returned.
+
+        Raises:
+            UnsupportedError: For a sparse gradient or a sharded parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._prepare(parameter, group)
+            self.step_group(group, number)
+        return loss
+
+    def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Refuse what cannot be stepped and make the state of a parameter seen for the first time."""
+        assert parameter.grad is not None
+        if parameter.grad.layout != torch.strided:
+            raise UnsupportedError(
+                f"{type(self).__name__} does not take sparse gradients, got one for a parameter of shape "
+                f"{tuple(parameter.shape)}. Build the embedding with sparse=False, or give that parameter "
+                "to torch.optim.SparseAdam."
+            )
+        state = self.state[parameter]
+        if not state:
+            refuse_sharded(parameter, optimizer=type(self).__name__)
+            for key, (shape, dtype) in self.state_spec(parameter, group).items():
+                device = "cpu" if key == "step" else parameter.device
+                state[key] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def named_trainable(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Name (or position), parameter and group of everything this optimizer may train."""
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"group {number}, parameter {i}" for i in range(len(group["params"]))
+            ]
+            for name, parameter in zip(names, group["params"], strict=True):
+                if parameter.requires_grad:
+                    yield name, parameter, group
+
+    def planned_state_bytes(self) -> int:
+        """Bytes of state once every trainable parameter has had a gradient; works on the meta device."""
+        return sum(
+            torch.Size(shape).numel() * dtype.itemsize
+            for _, parameter, group in self.named_trainable()
+            for shape, dtype in self.state_spec(parameter, group).values()
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state bit for bit: torch's own method casts every tensor to the weight's dtype.
+
+        Raises:
+            CheckpointError: If the state was written by another optimizer, or for other shapes,
+                ranks or dtypes than this optimizer's groups; nothing is changed then.
+        """
+        self._check_loadable(state_dict)
+        super().load_state_dict(state_dict)
+        for saved, parameter, _ in self._pair(state_dict):
+            for key, value in saved.items():
+                device = "cpu" if key == "step" else parameter.device
+                self.state[parameter][key] = value.to(device, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give groups that were saved by an older version the options added since."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def _pair(self, state_dict: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+        """Each saved state with the parameter and the group that it belongs to."""
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
+                if index in state_dict["state"]:
+                    yield state_dict["state"][index], parameter, group
+
+    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        for saved, parameter, group in self._pair(state_dict):
+            expected = self.state_spec(parameter, group)
+            found = {
+                key: (tuple(value.shape), value.dtype)
+                for key, value in saved.items()
+                if torch.is_tensor(value)
+            }
+            if found != expected or len(found) != len(saved):
+                raise CheckpointError(
+                    f"this state does not belong to this {type(self).__name__}: for a parameter of shape "
+                    f"{tuple(parameter.shape)} it holds {_show(found, saved)}, expected {_show(expected, expected)}. "
+                    "Build the optimizer with the method, rank, proj_type and state_dtype it was saved with."
+                )
+
+
+def check_adam_options(options: dict[str, Any]) -> None:
+    """Raise one ConfigError that lists every learning rate, beta, epsilon or decay out of bounds."""
+    problems = []
+    for key in ("lr", "eps", "weight_decay"):
+        if not options[key] >= 0.0:
+            problems.append(f"{key} must be at least 0, got {options[key]!r}.")
+    betas = options["betas"] if "betas" in options else (options["beta"],)
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        problems.append(f"betas must be at least 0 and below 1, got {betas!r}.")
+    if problems:
+        raise ConfigError(" ".join(problems))
+
+
+def _show(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], everything: dict[str, Any]) -> str:
+    parts = [
+        f"{key} {list(shape)} {str(dtype).removeprefix('torch.')}" for key, (shape, dtype) in tensors.items()
+    ]
+    parts += [f"{key} ({type(value).__name__})" for key, value in everything.items() if key not in tensors]
+    return ", ".join(parts)

@@ -1,0 +1,58 @@
+"""What a run can be told: one frozen dataclass a section, every field with its meaning and unit.
+
+The sections hold numbers and names only. Nothing here imports transformers or datasets, so that
+``fullrank --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network to train."""
+
+    name: str = "llama-60m"
+    """A size of the papers (llama-9m ... llama-7b), or the folder or hub name of any causal LM."""
+    pretrained: bool = False
+    """Start from the weights of `name` instead of fresh random ones (needs a folder or hub name)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights and gradients."""
+    attn_implementation: str | None = None
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); none: its default."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to replace, such as {"num_hidden_layers": 2}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text to train on and how it becomes sequences of tokens."""
+
+    name: str = "python-docs"
+    """python-docs (the text inside this Python installation), a file, a folder, a glob, or a hub dataset."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as `en` of allenai/c4."""
+    split: str = "train"
+    """Training split of a hub dataset."""
+    validation: str | None = None
+    """Validation text: a file, folder or glob, or a split of the hub dataset; none: carved from the training text."""
+    text_field: str = "text"
+    """Field of a row that holds its text."""
+    streaming: bool = False
+    """Read the dataset as a stream instead of preparing it on disk; needs trainer.max_steps."""
+    shuffle_buffer: int = 10_000
+    """Documents held for shuffling when streaming (documents)."""
+    tokenizer: str = "bpe"
+    """bpe (a byte-level BPE trained on the training text and cached), or a tokenizer's folder or hub name."""
+    vocab_size: int = 4096
+    """Vocabulary of a trained tokenizer (tokens); a given tokenizer brings its own."""
+    sequence_length: int = 256
+    """Length of one training sequence (tokens)."""
+    packing: bool = True
+    """Join documents with the end token and cut equal lengths; false: one padded, truncated document a sequence."""
+    validation_tokens: int = 100_000
+    """Size of the fixed validation set (tokens, at most)."""
+    seed: int = 42
+    """Seed of the carved validation set and of the stream's shuffle."""

@@ -1,0 +1,31 @@
+"""Fixtures for all tests: one thread, and one small problem for each kind of weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.problems import SHAPES, make_gradients, make_weight
+
+Problem = tuple[Tensor, list[Tensor]]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Matrices this small lose time to threads, and tests may run in several processes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def problem() -> Callable[..., Problem]:
+    """A maker of (weight, gradients) by the name of a shape: ``problem("tall", steps=12)``."""
+
+    def make(name: str, steps: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:
+        shape = SHAPES[name]
+        weight = make_weight(shape, seed=seed, dtype=dtype)
+        return weight, make_gradients(shape, steps, seed=seed, dtype=dtype)
+
+    return make
