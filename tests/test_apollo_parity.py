@@ -62,3 +62,30 @@ def test_limiter_and_bias_correction(gamma: float | None, correct_bias: bool) ->
 def test_rank_one(scaling: str) -> None:
     """APOLLO-Mini's subspace of one dimension."""
     check("wide", scaling=scaling, rank=1)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
+@pytest.mark.parametrize("shape", MATRICES)
+def test_projection_sides(shape: str, proj_type: str) -> None:
+    """Short, long, left, right and both sides; with "full" one factor scales the matrix."""
+    check(shape, proj_type=proj_type, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("basis", ["svd", "power"])
+@pytest.mark.parametrize("shape", MATRICES)
+def test_rotated_moments(shape: str, basis: str) -> None:
+    """Between orthonormal bases the moments can be carried over."""
+    check(shape, basis=basis, rotate_moments=True)
+
+
+def test_rotation_between_random_projections_keeps_the_size_of_moments() -> None:
+    """A Gaussian projection is not orthonormal: P_old^T P_new alone would multiply moments by n / rank."""
+    shape = (64, 40)
+    parameter = torch.nn.Parameter(make_weight(shape))
+    optimizer = ApolloAdamW([parameter], rank=4, update_proj_gap=5, rotate_moments=True)
+    sizes = []
+    for gradient in make_gradients(shape, 6):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        sizes.append(optimizer.state[parameter]["exp_avg"].norm().item())
+    assert sizes[5] < 2 * sizes[4]

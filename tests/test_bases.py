@@ -6,6 +6,8 @@ The parity tests hand the library's own bases to the references; this file is wh
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,11 @@ from tests.reference.projection import Basis, svd_basis
 GAP = 4
 STEPS = 10
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-OPTIMIZERS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"fira": FiraAdamW, "galore": GaLoreAdamW}
 
 
 def bases_of_a_run(
-    kind: type[torch.optim.Optimizer], shape: str, gradients: list[Tensor], **options: object
+    kind: Callable[..., torch.optim.Optimizer], shape: str, gradients: list[Tensor], **options: Any
 ) -> list[Basis]:
     """The basis in force at each step, copied."""
     parameter = nn.Parameter(make_weight(SHAPES[shape]))
@@ -110,9 +112,9 @@ def test_random_bases_differ_between_weights_and_repeat_with_the_seed() -> None:
 
 def test_random_bases_of_the_two_sides_differ() -> None:
     """With "full" on a square matrix the left and the right side do not share one draw."""
-    basis = bases_of_a_run(
-        FiraAdamW, "square", make_gradients(SHAPES["square"], 1), proj_type="full", basis="random"
-    )[0]
+    basis = bases_of_a_run(FiraAdamW, "square", make_gradients(SHAPES["square"], 1), proj_type="full", basis="random")[
+        0
+    ]
     assert not torch.equal(basis.left, basis.right)
 
 

@@ -8,6 +8,8 @@ closed form of the residual equals the direct one on both sides of the switch.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from tests.reference.adam import AdamW
 from tests.reference.fira import Fira
 
 STEPS = 12
-OPTIMIZERS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"fira": FiraAdamW, "galore": GaLoreAdamW}
 
 
 @pytest.mark.filterwarnings("ignore:no parameter group has a rank")
@@ -29,7 +31,7 @@ OPTIMIZERS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
 @pytest.mark.parametrize("method", OPTIMIZERS)
 def test_no_rank_is_adamw(method: str, weight_decay: float, correct_bias: bool) -> None:
     """A group without a rank is plain AdamW, for weights of every kind."""
-    options = {"lr": 1e-2, "weight_decay": weight_decay, "correct_bias": correct_bias}
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": weight_decay, "correct_bias": correct_bias}
     starts = [make_weight(shape, seed=i) for i, shape in enumerate(SHAPES.values())]
     parameters, copies = as_parameters(starts, torch.float64)
     optimizer, reference = OPTIMIZERS[method]([{"params": parameters}], **options), AdamW(copies, **options)
@@ -86,7 +88,7 @@ def test_fira_at_full_rank_is_galore(shape: str, alpha_on: str) -> None:
     """At full rank nothing of the gradient is left outside the subspace, through refreshes."""
     start = make_weight(SHAPES[shape])
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    options = {"lr": 1e-2, "rank": min(start.shape), "update_proj_gap": 5}
+    options: dict[str, Any] = {"lr": 1e-2, "rank": min(start.shape), "update_proj_gap": 5}
     fira, galore = FiraAdamW([mine], alpha_on=alpha_on, **options), GaLoreAdamW([theirs], **options)
     for gradient in make_gradients(SHAPES[shape], STEPS):
         set_gradients([mine, theirs], [gradient, gradient])
@@ -95,14 +97,14 @@ def test_fira_at_full_rank_is_galore(shape: str, alpha_on: str) -> None:
         assert relative_error(mine, theirs, start) < 1e-10
 
 
-def added_to_galore(shape: str, gradients: list[Tensor], **options: object) -> list[float]:
+def added_to_galore(shape: str, gradients: list[Tensor], **options: Any) -> list[float]:
     """Norms of what Fira adds to GaLore at each step: measured on the weights, not read from a state.
 
     Both see the same gradients, so their moments agree; without bias correction the step is the lr.
     """
     start = make_weight(SHAPES[shape])
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    both = {"lr": 1.0, "rank": RANK, "correct_bias": False, "alpha": 0.25, "update_proj_gap": 20}
+    both: dict[str, Any] = {"lr": 1.0, "rank": RANK, "correct_bias": False, "alpha": 0.25, "update_proj_gap": 20}
     fira, galore = FiraAdamW([mine], **both, **options), GaLoreAdamW([theirs], **both)
     norms = []
     for gradient in gradients:
@@ -154,7 +156,7 @@ def test_residual_forms_agree_at_the_switch(dtype: torch.dtype, alpha_on: str, a
     """
     side = min(SHAPES["tall"])
     for rank in (side // 2 - 1, side // 2, side // 2 + 1):
-        options = {"lr": 1e-2, "rank": rank, "alpha": alpha, "alpha_on": alpha_on}
+        options: dict[str, Any] = {"lr": 1e-2, "rank": rank, "alpha": alpha, "alpha_on": alpha_on}
         parameters, copies = as_parameters([make_weight(SHAPES["tall"])], dtype)
         optimizer = FiraAdamW(parameters, **options)
         reference = Fira(copies, **reference_options(options))

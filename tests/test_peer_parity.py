@@ -109,9 +109,7 @@ def test_fira_before_the_first_refresh(shape: str, alpha: float, weight_decay: f
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 @pytest.mark.parametrize("shape", MATRICES)
-def test_fira_through_refreshes(
-    monkeypatch: pytest.MonkeyPatch, shape: str, alpha: float, proj_type: str
-) -> None:
+def test_fira_through_refreshes(monkeypatch: pytest.MonkeyPatch, shape: str, alpha: float, proj_type: str) -> None:
     """Four bases in 20 steps, gradients with spikes for the limiter, decay on."""
     peer = package("fira").FiraAdamW
     options = SAME_OPTIONS | QUIET | {"weight_decay": 0.1}
@@ -205,9 +203,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.attn = nn.ModuleDict({"q_proj": nn.Linear(width, width, bias=False)})
-        self.mlp = nn.ModuleDict(
-            {"up_proj": nn.Linear(width, 3 * width), "down_proj": nn.Linear(3 * width, width)}
-        )
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(width, 3 * width), "down_proj": nn.Linear(3 * width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn["q_proj"](self.norm(x))
@@ -227,9 +223,7 @@ def test_fira_drop_in_training() -> None:
     for divide, kind in ((divide_params, FiraAdamW), (peer.divide_params, peer.FiraAdamW)):
         model = small_model()
         with contextlib.redirect_stdout(io.StringIO()):
-            groups = divide(
-                model, target_modules_list=["attn", "mlp"], rank=4, update_proj_gap=50, alpha=0.25
-            )
+            groups = divide(model, target_modules_list=["attn", "mlp"], rank=4, update_proj_gap=50, alpha=0.25)
         optimizer = kind(groups, lr=0.01, no_deprecation_warning=True)
         for _ in range(10):
             optimizer.zero_grad()

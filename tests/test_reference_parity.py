@@ -213,6 +213,4 @@ def test_groups_of_different_settings(dtype: torch.dtype) -> None:
     columns = [make_gradients(SHAPES[s], STEPS, dtype=dtype) for s in ("tall", "wide")]
     gradients = [list(row) for row in zip(*columns, strict=True)]
     tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32
-    follow(
-        FiraAdamW(groups, state_dtype=None), parameters, Together(references), gradients, tolerance=tolerance
-    )
+    follow(FiraAdamW(groups, state_dtype=None), parameters, Together(references), gradients, tolerance=tolerance)

@@ -12,5 +12,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is incomplete, damaged, or was written by another method, model or setting."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""
+
+
 class UnsupportedError(RuntimeError):
     """A combination that this version refuses, with the reason and what to do instead."""

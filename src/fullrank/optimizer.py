@@ -81,9 +81,7 @@ class MethodOptimizer(torch.optim.Optimizer):
     def named_trainable(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name (or position), parameter and group of everything this optimizer may train."""
         for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [
-                f"group {number}, parameter {i}" for i in range(len(group["params"]))
-            ]
+            names = group.get("param_names") or [f"group {number}, parameter {i}" for i in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=True):
                 if parameter.requires_grad:
                     yield name, parameter, group
@@ -127,11 +125,7 @@ class MethodOptimizer(torch.optim.Optimizer):
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
         for saved, parameter, group in self._pair(state_dict):
             expected = self.state_spec(parameter, group)
-            found = {
-                key: (tuple(value.shape), value.dtype)
-                for key, value in saved.items()
-                if torch.is_tensor(value)
-            }
+            found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
             if found != expected or len(found) != len(saved):
                 raise CheckpointError(
                     f"this state does not belong to this {type(self).__name__}: for a parameter of shape "
@@ -154,8 +148,6 @@ def check_adam_options(options: dict[str, Any]) -> None:
 
 
 def _show(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], everything: dict[str, Any]) -> str:
-    parts = [
-        f"{key} {list(shape)} {str(dtype).removeprefix('torch.')}" for key, (shape, dtype) in tensors.items()
-    ]
+    parts = [f"{key} {list(shape)} {str(dtype).removeprefix('torch.')}" for key, (shape, dtype) in tensors.items()]
     parts += [f"{key} ({type(value).__name__})" for key, value in everything.items() if key not in tensors]
     return ", ".join(parts)

@@ -104,9 +104,7 @@ class ProjectedOptimizer(MethodOptimizer):
         """Add a group; checks the options of a projected one and takes ``scale`` as GaLore's name of alpha."""
         if "scale" in param_group:
             if "alpha" in param_group:
-                raise ConfigError(
-                    "a parameter group has both alpha and scale, two names of one option. Keep alpha."
-                )
+                raise ConfigError("a parameter group has both alpha and scale, two names of one option. Keep alpha.")
             param_group["alpha"] = param_group.pop("scale")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -185,14 +183,10 @@ class ProjectedOptimizer(MethodOptimizer):
             state,
             group,
         )
-        if (
-            matrix.data_ptr() != parameter.data_ptr()
-        ):  # a layout that has no matrix view, such as channels_last
+        if matrix.data_ptr() != parameter.data_ptr():  # a layout that has no matrix view, such as channels_last
             parameter.copy_(matrix.view(parameter.shape))
 
-    def _refresh_(
-        self, state: dict[str, Tensor], grad_MN: Tensor, group: dict[str, Any], *, seed: int
-    ) -> None:
+    def _refresh_(self, state: dict[str, Tensor], grad_MN: Tensor, group: dict[str, Any], *, seed: int) -> None:
         """Replace the basis (both bases of "full") in place, and rotate the moments if asked."""
         first = int(state["step"]) == 0
         sides = {"basis": grad_MN}
@@ -203,14 +197,10 @@ class ProjectedOptimizer(MethodOptimizer):
             new = self._new_basis(side, old, group, first=first, seed=seed)
             if group["rotate_moments"] and not first:
                 for name in self.moments:
-                    subspace.rotate_(
-                        state[name], old, new, squared=name != "exp_avg", left=key == "basis_left"
-                    )
+                    subspace.rotate_(state[name], old, new, squared=name != "exp_avg", left=key == "basis_left")
             old.copy_(new)
 
-    def _new_basis(
-        self, grad_MN: Tensor, old_Nr: Tensor, group: dict[str, Any], *, first: bool, seed: int
-    ) -> Tensor:
+    def _new_basis(self, grad_MN: Tensor, old_Nr: Tensor, group: dict[str, Any], *, first: bool, seed: int) -> Tensor:
         size, rank = old_Nr.shape
         if group["basis"] == "svd":
             return subspace.svd_basis(grad_MN, rank)
@@ -249,9 +239,7 @@ class ProjectedAdamW(ProjectedOptimizer):
 
     def step_size(self, group: dict[str, Any], step: int) -> float:
         """The learning rate with Adam's bias corrections, unless ``correct_bias`` is off."""
-        return adam.adam_step_size(
-            float(group["lr"]), group["betas"], step, correct_bias=group["correct_bias"]
-        )
+        return adam.adam_step_size(float(group["lr"]), group["betas"], step, correct_bias=group["correct_bias"])
 
     def plain_(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
         """AdamW with the authors' place of epsilon and of weight decay."""
@@ -320,21 +308,15 @@ def projection_problems(group: dict[str, Any]) -> list[str]:
     problems = []
     gap, alpha = group["update_proj_gap"], group["alpha"]
     if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
-        problems.append(
-            f"update_proj_gap must be a whole number of optimizer steps, at least 1, got {gap!r}."
-        )
+        problems.append(f"update_proj_gap must be a whole number of optimizer steps, at least 1, got {gap!r}.")
     if not 0.0 < alpha < float("inf"):
         problems.append(f"alpha must be above 0 and finite, got {alpha!r}.")
     if group["proj_type"] not in subspace.PROJ_TYPES:
-        problems.append(
-            f"proj_type must be one of {', '.join(subspace.PROJ_TYPES)}, got {group['proj_type']!r}."
-        )
+        problems.append(f"proj_type must be one of {', '.join(subspace.PROJ_TYPES)}, got {group['proj_type']!r}.")
     if group["basis"] not in BASES:
         problems.append(f"basis must be one of {', '.join(BASES)}, got {group['basis']!r}.")
     if group["state_dtype"] is not None and group["state_dtype"] not in STATE_DTYPES:
-        problems.append(
-            f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None, got {group['state_dtype']!r}."
-        )
+        problems.append(f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None, got {group['state_dtype']!r}.")
     gamma, floor = group.get("limiter_gamma"), group.get("limiter_floor", 0.0)
     if gamma is not None and not gamma >= 1.0:
         problems.append(f"limiter_gamma must be at least 1, or None for no limiter, got {gamma!r}.")

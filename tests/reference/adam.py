@@ -15,9 +15,7 @@ from torch import Tensor, zeros_like
 Betas = tuple[float, float]
 
 
-def adam_direction(
-    m: Tensor, v: Tensor, grad: Tensor, betas: Betas, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def adam_direction(m: Tensor, v: Tensor, grad: Tensor, betas: Betas, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """One moment update; returns the new m, the new v and psi = m / (sqrt(v) + eps)."""
     new_m = betas[0] * m + (1.0 - betas[0]) * grad
     new_v = betas[1] * v + (1.0 - betas[1]) * grad * grad
@@ -70,9 +68,7 @@ class AdamW:
 class RMSprop:
     """Plain RMSprop without momentum on a list of tensors, which change in place."""
 
-    def __init__(
-        self, weights: list[Tensor], *, lr: float = 1e-3, beta: float = 0.9, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, weights: list[Tensor], *, lr: float = 1e-3, beta: float = 0.9, eps: float = 1e-6) -> None:
         self.weights = weights
         self.lr, self.beta, self.eps = lr, beta, eps
         self.v = [zeros_like(w) for w in weights]

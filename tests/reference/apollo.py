@@ -8,11 +8,13 @@ APOLLO and sqrt(128) for APOLLO-Mini; the authors' package calls its square ``sc
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from tests.reference.fira import limit
 from tests.reference.galore import GaLore, Memory
-from tests.reference.projection import channel_factors, matrix_factor
+from tests.reference.projection import Basis, channel_factors, matrix_factor
 
 
 class Apollo(GaLore):
@@ -25,17 +27,17 @@ class Apollo(GaLore):
         scaling: str = "channel",
         gamma: float | None = 1.01,
         floor: float = 1e-3,
-        **galore: object,
+        **galore: Any,
     ) -> None:
         super().__init__(weights, **galore)
         self.scaling, self.gamma, self.floor = scaling, gamma, floor
 
-    def update(self, grad: Tensor, memory: Memory) -> Tensor:
+    def update(self, grad: Tensor, memory: Memory, basis: Basis) -> Tensor:
         """alpha S G: what is subtracted from the weight, before the step size."""
-        low = memory.basis.down(grad)
+        low = basis.down(grad)
         psi = self.direction(low, memory)
         if self.scaling == "tensor":
             factor = matrix_factor(psi, low)
         else:
-            factor = channel_factors(psi, low, memory.basis)
+            factor = channel_factors(psi, low, basis)
         return self.alpha * limit(factor * grad, memory, self.gamma, self.floor)

@@ -10,11 +10,12 @@ has inside the scaling factors and so inside the limited norm.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from tests.reference.galore import GaLore, Memory
-from tests.reference.projection import channel_factors, matrix_factor
+from tests.reference.projection import Basis, channel_factors, matrix_factor
 
 
 class Fira(GaLore):
@@ -34,25 +35,25 @@ class Fira(GaLore):
         scaling: str = "column",
         gamma: float | None = 1.01,
         floor: float = 1e-3,
-        **galore: object,
+        **galore: Any,
     ) -> None:
         super().__init__(weights, **galore)
         self.alpha_on, self.scaling, self.gamma, self.floor = alpha_on, scaling, gamma, floor
 
-    def update(self, grad: Tensor, memory: Memory) -> Tensor:
+    def update(self, grad: Tensor, memory: Memory, basis: Basis) -> Tensor:
         """alpha P psi + S (code) or alpha (P psi + S) (paper), with S the limited scaled residual."""
-        low = memory.basis.down(grad)
+        low = basis.down(grad)
         psi = self.direction(low, memory)
-        inside = memory.basis.up(low)
+        inside = basis.up(low)
         if self.alpha_on == "subspace":
             inside = self.alpha * inside
         residual = grad - inside
         if self.scaling == "matrix":
             factor = matrix_factor(psi, low)
         else:
-            factor = channel_factors(psi, low, memory.basis)
+            factor = channel_factors(psi, low, basis)
         scaled = limit(factor * residual, memory, self.gamma, self.floor)
-        lifted = self.alpha * memory.basis.up(psi)
+        lifted = self.alpha * basis.up(psi)
         return lifted + (scaled if self.alpha_on == "subspace" else self.alpha * scaled)
 
 

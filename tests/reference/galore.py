@@ -21,8 +21,8 @@ class Memory:
     """What one weight remembers between updates."""
 
     basis: Basis | None = None
-    m: Tensor | None = None
-    v: Tensor | None = None
+    m: Tensor = field(default_factory=lambda: torch.empty(0))
+    v: Tensor = field(default_factory=lambda: torch.empty(0))
     residual_norm: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
 
@@ -71,25 +71,25 @@ class GaLore:
                 update = self.direction(grad, memory)
             else:
                 matrix = grad.reshape(grad.shape[0], -1)
-                self.set_basis(matrix, memory, basis, refresh)
-                update = self.update(matrix, memory).reshape(grad.shape)
+                basis = self.basis_of(matrix, memory, basis, refresh)
+                update = self.update(matrix, memory, basis).reshape(grad.shape)
             weight -= size * update
             weight -= self.lr * self.weight_decay * weight
 
-    def set_basis(self, grad: Tensor, memory: Memory, given: Basis | None, refresh: bool) -> None:
-        """Take the given basis, or refresh from the gradient; turn the moments if asked to."""
+    def basis_of(self, grad: Tensor, memory: Memory, given: Basis | None, refresh: bool) -> Basis:
+        """The given basis, or the last one, or a new one of this gradient; turns the moments if asked to."""
         old = memory.basis
-        if given is not None:
-            memory.basis = given
-        elif refresh or old is None:
-            memory.basis = svd_basis(grad, self.rank, self.proj_type)
-        changed = old is not None and not old.same_as(memory.basis)
-        if self.rotate_moments and changed:
-            memory.m, memory.v = rotate(memory.m, memory.v, old, memory.basis)
+        new = given if given is not None else old
+        if new is None or (given is None and refresh):
+            new = svd_basis(grad, self.rank, self.proj_type)
+        if self.rotate_moments and old is not None and not old.same_as(new):
+            memory.m, memory.v = rotate(memory.m, memory.v, old, new)
+        memory.basis = new
+        return new
 
     def direction(self, low: Tensor, memory: Memory) -> Tensor:
         """The inner optimizer's direction psi for the (low-rank) gradient; updates the moments."""
-        if memory.m is None:
+        if memory.m.shape != low.shape:
             memory.m, memory.v = torch.zeros_like(low), torch.zeros_like(low)
         if self.inner == "rmsprop":
             memory.v, psi = rmsprop_direction(memory.v, low, self.betas[1], self.eps)
@@ -97,7 +97,7 @@ class GaLore:
         memory.m, memory.v, psi = adam_direction(memory.m, memory.v, low, self.betas, self.eps)
         return psi
 
-    def update(self, grad: Tensor, memory: Memory) -> Tensor:
+    def update(self, grad: Tensor, memory: Memory, basis: Basis) -> Tensor:
         """alpha P psi(P^T G): what is subtracted from the weight, before the step size."""
-        low = memory.basis.down(grad)
-        return self.alpha * memory.basis.up(self.direction(low, memory))
+        low = basis.down(grad)
+        return self.alpha * basis.up(self.direction(low, memory))

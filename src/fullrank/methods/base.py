@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,7 @@ class AdamConfig:
 class ProjectionConfig(AdamConfig):
     """Options of the methods that keep moments in a low-rank subspace."""
 
-    target_modules: list[str] | tuple[str, ...] = ("attn", "mlp")
+    target_modules: list[str] = field(default_factory=lambda: ["attn", "mlp"])
     """Substrings of the names of the weights to project; all others take plain AdamW."""
     rank: int = 128
     """Rank of the subspace, at most the short side of each matrix."""

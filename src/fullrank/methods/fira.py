@@ -59,9 +59,7 @@ class _Fira(ProjectedOptimizer):
         if residual is None:
             low -= (kept * outside) * factor * matrix.low
             residual = matrix.grad
-        lowrank.add_lifted_(
-            matrix.weight, low, matrix.basis, matrix.basis_left, scale=scale, keep=matrix.keep
-        )
+        lowrank.add_lifted_(matrix.weight, low, matrix.basis, matrix.basis_left, scale=scale, keep=matrix.keep)
         lowrank.add_scaled_(matrix.weight, residual, factor, scale=scale * outside)
 
     def option_problems(self, group: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ that a comparison can be fair, ``matrix_lr_scale`` gives full-rank training the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,16 +29,14 @@ class FullConfig(AdamConfig):
     """Added to the root of the bias-corrected second moment."""
     matrix_lr_scale: float = 1.0
     """Learning rate of the target matrices relative to that of all other parameters."""
-    target_modules: list[str] | tuple[str, ...] = ("attn", "mlp")
+    target_modules: list[str] = field(default_factory=lambda: ["attn", "mlp"])
     """Substrings of the names of the weights that ``matrix_lr_scale`` applies to."""
 
 
 def build(model: nn.Module, config: FullConfig) -> Built:
     """torch.optim.AdamW, fused, in two groups if the matrices have a rate of their own."""
     if not config.matrix_lr_scale > 0.0:
-        raise ConfigError(
-            f"matrix_lr_scale must be above 0, got {config.matrix_lr_scale!r}. 1 is the plain baseline."
-        )
+        raise ConfigError(f"matrix_lr_scale must be above 0, got {config.matrix_lr_scale!r}. 1 is the plain baseline.")
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if config.matrix_lr_scale != 1.0:
         matrices, rest = match_parameters(model, config.target_modules, min_ndim=2)
@@ -48,9 +46,7 @@ def build(model: nn.Module, config: FullConfig) -> Built:
         ]
     betas = (config.betas[0], config.betas[1])
     decay = config.weight_decay
-    return Built(
-        torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=decay, fused=True)
-    )
+    return Built(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=decay, fused=True))
 
 
 def state_bytes(model: nn.Module, config: FullConfig) -> int:

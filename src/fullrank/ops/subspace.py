@@ -52,7 +52,7 @@ def svd_basis(grad_MN: Tensor, rank: int) -> Tensor:
     grad_MN = _in_working_dtype(grad_MN)
     if not torch.isfinite(grad_MN).all():
         return torch.eye(grad_MN.shape[1], rank, dtype=grad_MN.dtype, device=grad_MN.device)
-    _, _, vh = torch.linalg.svd(grad_MN, full_matrices=False)
+    vh: Tensor = torch.linalg.svd(grad_MN, full_matrices=False)[2]
     return vh[:rank].t().clone(memory_format=torch.contiguous_format)
 
 
@@ -65,7 +65,7 @@ def power_basis(grad_MN: Tensor, start_Nr: Tensor, *, iterations: int = 1) -> Te
     basis_Nr = start_Nr
     for _ in range(iterations):
         image_Mr = grad_MN @ basis_Nr.to(grad_MN.dtype)
-        basis_Nr, _ = torch.linalg.qr(_in_working_dtype(grad_MN.t() @ image_Mr))
+        basis_Nr = torch.linalg.qr(_in_working_dtype(grad_MN.t() @ image_Mr))[0]
     return basis_Nr.contiguous()
 
 
@@ -73,7 +73,7 @@ def random_basis(
     size: int, rank: int, *, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """A random orthonormal Q (size x rank), the same for the same seed on every device and rank."""
-    q, _ = torch.linalg.qr(gaussian(size, rank, seed=seed, dtype=dtype))
+    q: Tensor = torch.linalg.qr(gaussian(size, rank, seed=seed, dtype=dtype))[0]
     return q.contiguous().to(device)
 
 

@@ -6,7 +6,7 @@ The sections hold numbers and names only. Nothing here imports transformers or d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -56,3 +56,65 @@ class DataConfig:
     """Size of the fixed validation set (tokens, at most)."""
     seed: int = 42
     """Seed of the carved validation set and of the stream's shuffle."""
+
+
+OWNED_BY_METHOD = {
+    "learning_rate": "method.lr",
+    "weight_decay": "method.weight_decay",
+    "adam_beta1": "method.betas",
+    "adam_beta2": "method.betas",
+    "adam_epsilon": "method.eps",
+    "optim": "method.name",
+    "optim_args": "method.name",
+    "optim_target_modules": "method.target_modules",
+    "output_dir": "output_dir",
+    "seed": "seed",
+}
+"""TrainingArguments fields that have one place of their own in a configuration."""
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 3,
+    "disable_tqdm": False,
+    "dataloader_pin_memory": False,
+}
+"""Where a run departs from TrainingArguments' own defaults: the papers' cosine to 10%, every step logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run; what ``config.yaml`` in its folder holds."""
+
+    model: ModelConfig
+    data: DataConfig
+    method_name: str
+    method: Any
+    """The options of the method, an instance of its own dataclass."""
+    trainer: dict[str, Any]
+    """Fields of transformers.TrainingArguments, and total_batch_size."""
+    seed: int = 42
+    output_dir: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain, nested values, in the layout of a recipe."""
+        return {
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "method": {"name": self.method_name, **plain(asdict(self.method))},
+            "trainer": dict(self.trainer),
+            "seed": self.seed,
+            "output_dir": self.output_dir,
+        }
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down, so that YAML and JSON hold nothing else."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

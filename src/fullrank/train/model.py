@@ -126,7 +126,8 @@ def _network_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig
             network = _named_config(config, vocab_size=vocab_size)
     except (StrictDataclassError, TypeError) as error:
         raise ConfigError(
-            f"model.overrides {config.overrides} do not fit {config.name}: {error} Change or remove them."
+            f"model.overrides {config.overrides} do not fit {config.name}: {' '.join(str(error).split())} "
+            "Change or remove them."
         ) from error
     if network.vocab_size < vocab_size:
         raise ConfigError(
@@ -166,9 +167,7 @@ def _named_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig:
             f"model the hub gives us ({_first_line(error)}). {hint} Without a network, name a local folder."
         ) from error
     if not hasattr(base, "vocab_size"):
-        raise ConfigError(
-            f"model {config.name} ({base.model_type}) has no vocabulary. Name a causal language model."
-        )
+        raise ConfigError(f"model {config.name} ({base.model_type}) has no vocabulary. Name a causal language model.")
     _check_overrides(config, known=base.to_dict())
     fields = raw | ({} if config.pretrained else {"vocab_size": vocab_size}) | config.overrides
     # built anew, not patched: what the class derives (the head size) then follows the overrides
@@ -182,9 +181,7 @@ def _check_overrides(config: ModelConfig, *, known: dict[str, Any]) -> None:
         if key not in known:
             close = get_close_matches(key, known, n=1)
             remedy = f"Did you mean {close[0]}?" if close else f"Its fields: {', '.join(sorted(known))}."
-            raise ConfigError(
-                f"model.overrides has {key!r}, which model {config.name} does not know. {remedy}"
-            )
+            raise ConfigError(f"model.overrides has {key!r}, which model {config.name} does not know. {remedy}")
 
 
 def _fit_length(network: PreTrainedConfig, config: ModelConfig, *, sequence_length: int) -> None:
@@ -209,7 +206,9 @@ def _fresh(network: PreTrainedConfig, config: ModelConfig, *, seed: int) -> PreT
         torch.default_generator.manual_seed(seed)
         try:
             model: PreTrainedModel = causal_lm.from_config(
-                network, dtype=torch.float32, attn_implementation=config.attn_implementation,
+                network,
+                dtype=torch.float32,
+                attn_implementation=config.attn_implementation,
                 trust_remote_code=False,
             )
         except (ValueError, ImportError) as error:
@@ -238,7 +237,12 @@ def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedMod
             f"model {config.name} has no weights in safetensors files ({_first_line(error)}). Save it with "
             "save_pretrained, or set model.pretrained to false."
         ) from error
-    except (ValueError, RuntimeError, ImportError) as error:
+    except RuntimeError as error:  # transformers has logged which weights
+        raise ConfigError(
+            f"the weights of {config.name} do not have the shapes that model.overrides {config.overrides} ask for. "
+            "Remove those overrides, or set model.pretrained to false."
+        ) from error
+    except (ValueError, ImportError) as error:
         raise _unbuildable(config, error) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

@@ -1,9 +1,9 @@
-"""Where text comes from: this Python's documentation, local files, or a hub dataset; and what is held out.
+"""Where text comes from: this Python's documentation, local files, or a hub dataset.
 
 Every source becomes documents: rows with one string column, ``text``. A row of a table (.jsonl, .json, .csv,
-.parquet) is a document. Of text files, one file alone is split at its blank lines; among several, each file is
-one document. The validation documents are set aside here, before a tokenizer is trained or a token is cut,
-and a text that occurs twice never falls on both sides.
+.parquet) is a document. Of text files (.txt), one file alone is split at its blank lines, so that a corpus in
+one file has documents to shuffle and to hold out; among several, each file is one document. Any of them may be
+compressed (.gz). Tables and hub datasets go through the same call of `datasets`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
@@ -32,22 +31,6 @@ logger = logging.getLogger(__name__)
 PYTHON_DOCS = "python-docs"
 KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffix of a local file -> its reader; each also with .gz behind it."""
-
-_CHARACTERS_PER_TOKEN = 4  # of English under common tokenizers: how much text to hold out for so many tokens
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents to learn from and documents to score on, with no text in both."""
-
-    train: Dataset | IterableDataset
-    """One string column, `text`."""
-    validation: Dataset
-    """One string column, `text`; at least as much text as the validation tokens need, where there is so much."""
-    key: str
-    """Hash of where the text came from and what was held out: the name of everything cached from it."""
-    description: str
-    """One line for people."""
 
 
 @dataclass(frozen=True)
@@ -67,35 +50,6 @@ class Source:
         return files or (self.name, self.subset, self.split)
 
 
-def load_text(config: DataConfig, *, cache_dir: Path) -> Text:
-    """Read the documents of `config` and set the validation documents aside.
-
-    Args:
-        config: The data section of a run.
-        cache_dir: Folder for what is prepared once and used again.
-
-    Returns:
-        The text. Training documents are a stream if ``config.streaming``; validation never is.
-
-    Raises:
-        ConfigError: If the text cannot be found or read, has no such field, or leaves nothing to score on.
-    """
-    source = find_source(config, cache_dir=cache_dir)
-    held_out = _find_validation(config, source)
-    train = read_documents(source, config, cache_dir=cache_dir, streaming=config.streaming)
-    key = fingerprint(source.stamp, config.text_field, config.streaming, held_out and held_out.stamp)
-    if held_out is None:
-        key = fingerprint(key, config.seed, config.validation_tokens)
-        train, validation = _carve(train, config, key=key)
-        description = f"{source.name}, validation carved from it with seed {config.seed}"
-    else:
-        rows = read_documents(held_out, config, cache_dir=cache_dir, streaming=config.streaming)
-        # ample, so that dense text still fills the validation tokens
-        validation = _head(rows, num_characters=2 * _CHARACTERS_PER_TOKEN * config.validation_tokens)
-        description = f"{source.name}, validation {held_out.name if held_out.files else held_out.split}"
-    return Text(train=train, validation=validation, key=key, description=description)
-
-
 def fingerprint(*parts: object) -> str:
     """Hash plain values into a name for a cached file (16 hexadecimal digits)."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -106,40 +60,21 @@ def find_source(config: DataConfig, *, cache_dir: Path) -> Source:
     if config.name == PYTHON_DOCS:
         return Source(name=PYTHON_DOCS, files=(write_python_docs(cache_dir),))
     if _looks_local(config.name):
-        return Source(name=config.name, files=_find_files(config.name, setting="data.name"))
+        if config.subset is not None:
+            logger.warning("data.subset %s has no effect on local files (%s)", config.subset, config.name)
+        return Source(name=config.name, files=find_files(config.name, setting="data.name"))
     return Source(name=config.name, subset=config.subset, split=config.split)
-
-
-def _find_validation(config: DataConfig, source: Source) -> Source | None:
-    """The named validation text, or none if it is to be carved from the training text."""
-    if config.validation is None:
-        if config.streaming:
-            raise ConfigError(
-                "data.streaming cannot carve a validation set out of a stream, and data.validation is not set. Set "
-                "it to a file, a folder, a glob or a split of the hub dataset, or set data.streaming to false."
-            )
-        return None
-    if source.files or _looks_local(config.validation):
-        files = _find_files(config.validation, setting="data.validation")
-        both = set(files) & set(source.files)
-        if both:
-            raise ConfigError(
-                f"{min(both)} is both in data.name ({config.name}) and in data.validation ({config.validation}): "
-                "the model would be scored on its training text. Narrow data.name, for example to train*.jsonl."
-            )
-        return Source(name=config.validation, files=files)
-    if config.validation == config.split:
-        raise ConfigError(
-            f"data.validation and data.split are both {config.split!r}: the model would be scored on its training "
-            "text. Name another split, or leave data.validation out to carve one."
-        )
-    return Source(name=config.name, subset=config.subset, split=config.validation)
 
 
 def _looks_local(name: str) -> bool:
     """Whether a name can only be a path: it exists, it has wildcards, or no hub name is written like it."""
     path = Path(name).expanduser()
-    return path.exists() or glob.has_magic(name) or bool(_kind(path)) or name[0] in "./~" or name.count("/") > 1
+    return path.exists() or glob.has_magic(name) or is_text_file(name) or name[0] in "./~" or name.count("/") > 1
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a name ends as a file we can read does."""
+    return _kind(Path(name)) is not None
 
 
 def _kind(path: Path) -> str | None:
@@ -147,8 +82,16 @@ def _kind(path: Path) -> str | None:
     return KINDS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
 
 
-def _find_files(name: str, *, setting: str) -> tuple[Path, ...]:
-    """Files of a path, folder (with its subfolders) or glob, sorted; all of one kind."""
+def find_files(name: str, *, setting: str) -> tuple[Path, ...]:
+    """Files of a path, folder (with its subfolders) or glob, sorted; all of one kind.
+
+    Args:
+        name: The path, folder or glob; ``~`` is the home folder.
+        setting: Where the name was given, for the error.
+
+    Raises:
+        ConfigError: If there is no such file, or the files are of several kinds or of none.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         found = [path]
@@ -163,8 +106,8 @@ def _find_files(name: str, *, setting: str) -> tuple[Path, ...]:
     if None in kinds or len(kinds) > 1:
         suffixes = ", ".join(sorted({"".join(f.suffixes[-2:]) for f in files}))
         raise ConfigError(
-            f"{setting} {name} must name files of one kind among {', '.join(KINDS)} (or with .gz), got {suffixes}. "
-            "Narrow it to one kind, for example with a glob such as folder/*.jsonl."
+            f"{setting} {name} must name files of one kind among {', '.join(KINDS)} (or with .gz), got "
+            f"{suffixes}. Narrow it to one kind, for example with a glob such as folder/*.jsonl."
         )
     return tuple(files)
 
@@ -191,15 +134,16 @@ def read_documents(
         rows = _open(source, cache_dir=cache_dir / "datasets", streaming=streaming)
         first: dict[str, Any] = next(iter(rows))
     except StopIteration:
-        raise ConfigError(f"{source.name} has no rows. Name text that is not empty in data.name.") from None
+        raise ConfigError(f"{source.name} is empty. Name a source that holds text.") from None
     except (OSError, ValueError, DatasetsError) as error:
         raise _unreadable(source, error) from error
     field = "text" if source.name == PYTHON_DOCS else config.text_field
     if field not in first:
-        raise ConfigError(f"{source.name} has no field {field!r}. Set data.text_field to one of: {', '.join(first)}.")
+        fields = ", ".join(first)
+        raise ConfigError(f"{source.name} has no field {field!r}. Set data.text_field to one of: {fields}.")
     if not isinstance(first[field], str | None):
         kind = type(first[field]).__name__
-        raise ConfigError(f"field {field!r} of {source.name} holds {kind}, not text. Set data.text_field to another.")
+        raise ConfigError(f"field {field!r} of {source.name} holds {kind}, not text. Change data.text_field.")
     rows = rows.select_columns([field])
     return rows if field == "text" else rows.rename_column(field, "text")
 
@@ -217,24 +161,39 @@ def _open(source: Source, *, cache_dir: Path, streaming: bool) -> Dataset | Iter
         data_files = [glob.escape(p) for p in paths]
         return load_dataset(kind, data_files=data_files, split="train", streaming=streaming, cache_dir=str(cache_dir))
     features = Features({"text": Value("string")})
+    settings: dict[str, Any] = {"paths": paths, "whole": len(paths) > 1}
+    next(read_text_files(**settings))  # `datasets` answers text without documents with an obscure error
     if streaming:
-        return IterableDataset.from_generator(read_text_files, features=features, gen_kwargs={"paths": paths})
+        return IterableDataset.from_generator(read_text_files, features=features, gen_kwargs=settings)
     return Dataset.from_generator(
         read_text_files,
         features=features,
-        gen_kwargs={"paths": paths},
+        gen_kwargs=settings,
         cache_dir=str(cache_dir),
         fingerprint=fingerprint(source.stamp),
     )
+
+
+def read_text_files(paths: list[str], *, whole: bool) -> Iterator[dict[str, str]]:
+    """Yield the documents of text files: each file, if `whole`, else the blocks between blank lines."""
+    for path in paths:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            if whole:
+                yield {"text": file.read()}
+                continue
+            for blank, lines in groupby(file, key=str.isspace):
+                if not blank:
+                    yield {"text": "".join(lines)}
 
 
 def _unreadable(source: Source, error: Exception) -> ConfigError:
     """The error for text that `datasets` could not open or parse."""
     reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
     if source.files:
-        return ConfigError(f"{source.name} cannot be read: {reason}. Check that its files are what their suffix says.")
+        return ConfigError(f"{source.name} cannot be read: {reason} Check that its files are what they are called.")
     return ConfigError(
-        f"{source.name!r} (subset {source.subset}, split {source.split}) is not a local path, and the hub does not "
-        f"give it: {reason}. Check the name, subset and split, or read local text: set data.name to a file, folder "
-        f"or glob of {', '.join(KINDS)}, or to {PYTHON_DOCS}."
+        f"{source.name!r} (subset {source.subset}, split {source.split}) is not a local path, and the hub does "
+        f"not give it: {reason} Check the name, subset and split, or read local text: set data.name to a "
+        f"file, folder or glob of {', '.join(KINDS)}, or to {PYTHON_DOCS}."
     )

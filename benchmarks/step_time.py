@@ -1,0 +1,275 @@
+"""Time of one optimizer step: ours, the published packages, torch's fused AdamW, and the least possible.
+
+Weights are plain tensors in the shapes of a LLaMA with fixed random gradients: no model, no data. All
+optimizers of a scope live in one process and are stepped in turn, each round starting with the next
+one, so that a change of clock or load meets all; medians are kept. Two scopes: the projected matrices
+alone, and the whole model, where embedding, head and norms take plain AdamW.
+
+A step and a refresh are timed apart. A refresh is timed on the matrices of ``--refresh-layers`` layers
+(a refreshing step minus a plain one) and scaled to all; amortised = step + refresh / gap. The bases of
+the other timings come from one exact SVD a shape, reused: they are orthonormal, and nobody waits.
+
+The bound is what any such method must do with torch's own kernels: two products a matrix, R = G Q and
+W += R Q^T, and one pass over weights and gradients, W += G; plain tensors take torch's fused AdamW.
+
+    python benchmarks/step_time.py --sizes 60M 130M --rounds 15
+    python benchmarks/step_time.py --device cuda --sizes 1B 7B --layers 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import logging
+import platform
+import statistics
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_time_cases import CASES, Case, Groups, set_gap
+from timing import Clock, one_svd_per_shape, round_robin
+from torch import nn
+
+import fullrank
+
+LLAMA: dict[str, tuple[int, int, int, int]] = {
+    "tiny": (32, 88, 2, 100),
+    "60M": (512, 1376, 8, 32000),
+    "130M": (768, 2048, 12, 32000),
+    "350M": (1024, 2736, 24, 32000),
+    "1B": (2048, 5461, 24, 32000),
+    "7B": (4096, 11008, 32, 32000),
+}
+"""Hidden size, intermediate size, layers and vocabulary of the GaLore and Fira papers."""
+NEVER = 10**9
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "fira", "galore-torch", "apollo-torch", "pytorch_optimizer", "transformers")
+
+
+def make_tensors(
+    size: str, layers: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices, plain): weights with fixed random gradients, those to project and all others."""
+    hidden, inner, _, vocabulary = LLAMA[size]
+    attention, up, down = (hidden, hidden), (inner, hidden), (hidden, inner)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def parameter(*shape: int) -> nn.Parameter:
+        made = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2)]
+        weight = nn.Parameter(made[0].mul_(0.02))
+        weight.grad = made[1].mul_(1e-3)
+        return weight
+
+    matrices = [parameter(*s) for _ in range(layers) for s in (attention,) * 4 + (up, up, down)]
+    plain = [parameter(vocabulary, hidden) for _ in range(2)] + [parameter(hidden) for _ in range(2 * layers + 1)]
+    return matrices, plain
+
+
+def bound_of(matrices: list[nn.Parameter], plain: list[nn.Parameter], rank: int) -> Callable[[], object]:
+    """The least work of a step with a low-rank and a full-rank part (see the top of this file)."""
+    prepared = []
+    for weight in matrices:
+        assert weight.grad is not None
+        w, g = weight.detach(), weight.grad
+        if w.shape[0] < w.shape[1]:
+            w, g = w.t(), g.t()
+        basis = torch.linalg.qr(torch.randn(w.shape[1], rank, device=w.device))[0].to(w.dtype)
+        prepared.append((w, g, basis, torch.empty(w.shape[0], rank, device=w.device, dtype=w.dtype)))
+    rest = torch.optim.AdamW(plain, lr=1e-6, fused=True) if plain else None
+
+    def work() -> None:
+        for w, g, basis, low in prepared:
+            torch.mm(g, basis, out=low)
+            w.addmm_(low, basis.t(), alpha=-1e-6)
+            w.add_(g, alpha=-1e-6)
+        if rest is not None:
+            rest.step()
+
+    return work
+
+
+def groups_of(matrices: list[nn.Parameter], plain: list[nn.Parameter], rank: int, gap: int) -> Groups:
+    """What every case builds its parameter groups from."""
+    return Groups(matrices=matrices, plain=plain, rank=rank, gap=gap, alpha=0.25)
+
+
+def step_times(cases: list[Case], groups: Groups, clock: Clock, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of steps without a refresh, for all cases and the bound."""
+    works: dict[str, Callable[[], object]] = {"bound": bound_of(groups.matrices, groups.plain, groups.rank)}
+    with one_svd_per_shape():
+        for case in cases:
+            works[case.name] = case.build(groups, case.bases[0] if case.bases else "").step
+        round_robin(clock, works, warmup)
+    return round_robin(clock, works, rounds)
+
+
+def refresh_times(cases: list[Case], groups: Groups, clock: Clock, rounds: int) -> dict[tuple[str, str], float]:
+    """Extra seconds of a refresh of all given matrices, by case and basis (medians)."""
+    optimizers = {(c.name, basis): c.build(groups, basis) for c in cases for basis in c.bases}
+    with one_svd_per_shape():
+        for optimizer in optimizers.values():
+            optimizer.step()
+    plain = {str(key): optimizer.step for key, optimizer in optimizers.items()}
+    without = round_robin(clock, plain, rounds + 1)
+    for optimizer in optimizers.values():
+        set_gap(optimizer, 1)
+    refreshing = round_robin(clock, plain, rounds)
+    return {
+        key: max(0.0, statistics.median(refreshing[str(key)]) - statistics.median(without[str(key)][1:]))
+        for key in optimizers
+    }
+
+
+def measure_size(size: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """All rows of one model size: both scopes, each case with each of its bases."""
+    dtype = getattr(torch, options.dtype)
+    clock, rank, all_layers = Clock(device), LLAMA[size][0] // 4, LLAMA[size][2]
+    layers = min(options.layers or all_layers, all_layers)
+    matrices, plain = make_tensors(size, layers, device, dtype)
+    cases = [case for case in CASES if case.available() and (dtype.itemsize == 2 or not case.half_only)]
+    sample = min(options.refresh_layers, layers)
+    few = groups_of(matrices[: 7 * sample], [], rank, NEVER)
+    refresh = refresh_times(cases, few, clock, options.refresh_rounds)
+    free(device)
+    rows = []
+    for scope, others in (("matrices", []), ("model", plain)):
+        times = step_times(cases, groups_of(matrices, others, rank, NEVER), clock, options.rounds)
+        free(device)
+        common = {"size": size, "scope": scope, "rank": rank, "layers_timed": layers, "layers": all_layers}
+        rows += rows_of(common, cases, times, refresh, layers / sample, options.gap)
+    return rows
+
+
+def rows_of(
+    common: dict[str, Any],
+    cases: list[Case],
+    times: dict[str, list[float]],
+    refresh: dict[tuple[str, str], float],
+    to_all_layers: float,
+    gap: int,
+) -> list[dict[str, Any]]:
+    """One row a case and basis, with ratios to the bound, to fused AdamW and to the authors' package.
+
+    The package is taken with the same basis, or with its first where it lacks that one.
+    """
+    bound = statistics.median(times["bound"])
+    rows: list[dict[str, Any]] = [
+        common | {"case": "bound", "basis": "", "step_s": bound, "refresh_s": 0.0, "amortised_s": bound}
+    ]
+    for case in cases:
+        step = statistics.median(times[case.name])
+        for basis in case.bases or ("",):
+            extra = refresh.get((case.name, basis), 0.0) * to_all_layers
+            row: dict[str, Any] = {
+                "case": case.name,
+                "basis": basis,
+                "peer": case.peer,
+                "step_s": step,
+                "refresh_s": extra,
+            }
+            quartiles = statistics.quantiles(times[case.name], n=4)[::2]
+            rows.append(common | row | {"amortised_s": step + extra / gap, "step_s_quartiles": quartiles})
+    first = {row["case"]: row for row in reversed(rows)}
+    exact = {(row["case"], row["basis"]): row for row in rows}
+    for row in rows:
+        name = row.get("peer", "")
+        peer = exact.get((name, row["basis"])) or first.get(name)
+        row["step_over_bound"] = row["step_s"] / bound
+        row["amortised_over_adamw"] = row["amortised_s"] / first["torch AdamW fused"]["amortised_s"]
+        row["authors_step_over_this"] = peer["step_s"] / row["step_s"] if peer else None
+        row["authors_amortised_over_this"] = peer["amortised_s"] / row["amortised_s"] if peer else None
+    return rows
+
+
+def free(device: torch.device) -> None:
+    """Return the memory of optimizers that are gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, as far as they are known."""
+    versions = {"fullrank": fullrank.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": cpu,
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def table(rows: list[dict[str, Any]], gap: int) -> str:
+    """All rows as one text table, times in milliseconds."""
+    step, refresh, amortised = "step", "refresh", f"per step @{gap}"
+    head = f"{'size':5} {'layers':6} {'scope':9} {'case':31} {'basis':7}"
+    head += f" {step:>9} {refresh:>10} {amortised:>14} {'step/bound':>10} {'/AdamW':>7}"
+    head += f" {'authors/this':>12} {amortised:>14}"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        layers = f"{row['layers_timed']}/{row['layers']}"
+        line = f"{row['size']:5} {layers:6} {row['scope']:9} {row['case']:31} {row['basis']:7}"
+        line += f" {row['step_s'] * 1e3:9.2f} {row['refresh_s'] * 1e3:10.1f} {row['amortised_s'] * 1e3:14.2f}"
+        line += f" {row['step_over_bound']:10.2f} {row['amortised_over_adamw']:7.2f}"
+        if row["authors_step_over_this"] is not None:
+            line += f" {row['authors_step_over_this']:12.2f} {row['authors_amortised_over_this']:14.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--sizes", nargs="+", choices=list(LLAMA), default=["60M", "130M"])
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of every optimizer")
+    parser.add_argument("--refresh-rounds", type=int, default=3, help="timed refreshes of every optimizer")
+    parser.add_argument("--refresh-layers", type=int, default=1, help="layers whose refresh is timed, then scaled")
+    parser.add_argument("--layers", type=int, default=0, help="layers to time (0: all; at 7B memory allows few)")
+    parser.add_argument("--gap", type=int, default=200, help="steps between refreshes, to amortise over")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/step_time_<hardware>_<yyyymm>.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    device = torch.device(options.device)
+    options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
+    rows = [row for size in options.sizes for row in measure_size(size, options, device)]
+    known = environment(device)
+    hardware = (known["gpu"] or f"{known['cpu']} {known['threads']} threads").lower().replace(" ", "-")
+    output = options.output or RESULTS / f"step_time_{hardware}_{known['date'][:7].replace('-', '')}.json"
+    settings = {k: v for k, v in vars(options).items() if k != "output"}
+    settings["refresh"] = f"timed on {options.refresh_layers} layer(s), scaled to layers_timed"
+    missing = [case.name for case in CASES if not case.available()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"environment": known, "settings": settings, "missing": missing, "rows": rows}
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(rows, options.gap))
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

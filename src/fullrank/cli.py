@@ -1,0 +1,155 @@
+"""The command ``fullrank``: thin, so that everything it does can be done from Python."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fullrank import __version__
+from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+
+USAGE = """\
+usage: fullrank COMMAND [OPTIONS]
+
+commands:
+  pretrain      train a language model from scratch (or go on with one)
+  recipes       list the packaged recipes; `recipes show NAME` prints one
+
+`fullrank COMMAND --help` explains a command; `fullrank --version` prints the version.
+"""
+
+PRETRAIN_USAGE = """\
+usage: fullrank pretrain [--config RECIPE] [--output_dir DIR] [--SECTION.FIELD VALUE ...]
+       fullrank pretrain --resume DIR
+
+With no arguments: the quickstart recipe, a small LLaMA with Fira on the text of this Python installation.
+
+  --config RECIPE       a packaged recipe (`fullrank recipes`) or a YAML file; default: quickstart
+  --method.name NAME    {methods}; the options of `method` below are those of {method}
+  --resume DIR          go on with the run in DIR from its newest complete checkpoint
+  --print_config        print the resolved configuration as YAML and stop
+  --trainer.FIELD VALUE any field of transformers.TrainingArguments (max_steps, save_steps, report_to, ...), and
+                        trainer.total_batch_size: sequences per optimizer step over all devices, from which
+                        the accumulation is derived
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status (0 done, 1 failed, 2 wrong usage, 130 stopped)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fullrank").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if not arguments or arguments[0] in ("-h", "--help", "--version"):
+        print(__version__ if arguments == ["--version"] else USAGE)
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ConfigError(f"unknown command {arguments[0]!r}. Commands: {', '.join(COMMANDS)}.")
+        return COMMANDS[arguments[0]](arguments[1:])
+    except (ConfigError, CheckpointError, TrainingError, UnsupportedError) as error:
+        print(f"fullrank: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except ModuleNotFoundError as error:
+        if error.name not in APPLICATION:
+            raise
+        print(f"fullrank: {error.name} is missing. Install it: pip install 'fullrank[train]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def pretrain(arguments: list[str]) -> int:
+    """``fullrank pretrain``."""
+    import yaml
+
+    from fullrank.train.resolve import resolve
+
+    flags, overrides = split_arguments(arguments)
+    recipe: Any = flags.config
+    if flags.resume is not None:
+        recipe = Path(flags.resume) / "config.yaml"
+        if not recipe.is_file():
+            raise ConfigError(f"--resume {flags.resume} is not a run folder: it has no config.yaml.")
+        if flags.config is not None or "output_dir" in overrides:
+            raise ConfigError(
+                "--resume takes its configuration and folder from the run. Leave out --config, --output_dir."
+            )
+        overrides["output_dir"] = str(flags.resume)
+    if flags.help:
+        print_help(overrides.get("method.name", "fira"))
+        return 0
+    config = resolve(recipe, overrides)
+    if flags.print_config:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return 0
+    from fullrank.train.report import summary
+    from fullrank.train.run import pretrain as run
+
+    result = run(config, resume=flags.resume is not None)
+    if result is None:
+        return 130
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(result))
+    return 0
+
+
+def recipes(arguments: list[str]) -> int:
+    """``fullrank recipes [show NAME]``."""
+    from fullrank.train.resolve import describe_recipes, show_recipe
+
+    if not arguments:
+        print(describe_recipes())
+    elif arguments[0] == "show" and len(arguments) == 2:
+        print(show_recipe(arguments[1]), end="")
+    elif arguments[0] in ("-h", "--help"):
+        print("usage: fullrank recipes [show NAME]")
+    else:
+        raise ConfigError(f"recipes takes nothing, or show and one name; got {' '.join(arguments)!r}.")
+    return 0
+
+
+def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags of the command itself, and every ``--section.field value`` as a dotted key and a string."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--resume")
+    parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    try:
+        flags, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    overrides: dict[str, str] = {}
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or len(token) == 2:
+            raise ConfigError(f"expected --section.field, got {token!r}. Quote a value that has spaces.")
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value, such as --{key} true.")
+            value = rest.pop(0)
+        overrides[key] = value
+    return flags, overrides
+
+
+def print_help(method: str) -> None:
+    """Every field of a run with this method: meaning, unit, type, default."""
+    from fullrank.methods import METHODS
+    from fullrank.train.resolve import build_parser, nearest
+
+    if method not in METHODS:
+        raise ConfigError(f"method.name must be one of {', '.join(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
+    text = build_parser(method).format_help()
+    body = text[text.index("options:") :] if "options:" in text else text
+    print(PRETRAIN_USAGE.format(methods=", ".join(METHODS), method=method))
+    print(body)
+
+
+COMMANDS = {"pretrain": pretrain, "recipes": recipes}
+APPLICATION = ("transformers", "accelerate", "datasets", "jsonargparse", "yaml", "matplotlib", "tokenizers")

@@ -1,0 +1,42 @@
+"""Bytes: of the optimizer's state, planned and held, and of the process at its peak."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from fullrank.methods import METHODS
+from fullrank.methods.full import FullConfig
+
+
+def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor in an optimizer's state, counted from its storage."""
+    storages: dict[int, int] = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr() or id(value)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def planned_state_bytes(model: nn.Module, method: str, config: Any) -> int:
+    """Bytes of state that a method will hold for this model; the model may be on the meta device."""
+    return METHODS[method].state_bytes(model, config)
+
+
+def adamw_state_bytes(model: nn.Module) -> int:
+    """Bytes of state of full-rank AdamW on this model, the yardstick."""
+    return METHODS["full"].state_bytes(model, FullConfig())
+
+
+def peak_memory_bytes() -> int:
+    """The most memory allocated on the GPU so far, or without one the peak resident size of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

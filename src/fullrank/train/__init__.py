@@ -1,0 +1,1 @@
+"""The application around Hugging Face's Trainer: configuration, data, loop, checkpoints, results."""

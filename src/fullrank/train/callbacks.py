@@ -1,0 +1,158 @@
+"""What happens around the Trainer's steps: the record, the marker, the progress bar, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fullrank.errors import TrainingError
+from fullrank.memory import peak_memory_bytes
+from fullrank.train.checkpoint import write_marker
+from fullrank.train.config import RunConfig
+from fullrank.train.report import read_metrics
+
+
+class Recorder(TrainerCallback):
+    """Writes ``metrics.jsonl``, marks complete checkpoints, and lets the method act after a step."""
+
+    def __init__(self, folder: Path, config: RunConfig, after_step: Callable[[int], None] | None) -> None:
+        self.folder = folder
+        self.config = config
+        self.after_step = after_step
+        self.step_times: list[float] = []
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the rows that a killed run wrote after the checkpoint it resumes from."""
+        if state.is_world_process_zero:
+            rows = [row for row in read_metrics(self.folder) if row["step"] <= state.global_step]
+            partial = self.folder / "metrics.jsonl.partial"
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            partial.replace(self.folder / "metrics.jsonl")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of one optimizer step."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock; hand the step to the method."""
+        self.step_times.append(time.perf_counter() - self._began)
+        if self.after_step is not None:
+            self.after_step(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append a row; end a run whose loss is lost.
+
+        Raises:
+            TrainingError: If the training loss or gradient norm is not finite.
+        """
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        row: dict[str, Any] = {"step": state.global_step}
+        if "eval_loss" in logs:
+            row |= {"eval_loss": logs["eval_loss"], "perplexity": logs["eval_perplexity"]}
+        elif "loss" in logs:
+            row |= {
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens": int(state.num_input_tokens_seen),
+                "step_time_s": self.step_times[-1],
+                "memory_bytes": peak_memory_bytes(),
+            }
+        else:
+            return
+        if state.is_world_process_zero:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if not math.isfinite(row.get("loss", 0.0)) or not math.isfinite(row.get("grad_norm") or 0.0):
+            raise TrainingError(
+                f"at step {state.global_step} the loss is {row['loss']} and the gradient norm {row['grad_norm']}. "
+                f"Lower method.lr (now {self.config.method.lr:g}), lengthen trainer.warmup_steps or set "
+                f"trainer.max_grad_norm; checkpoints before this step are untouched in {self.folder}."
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Declare the checkpoint complete."""
+        if state.is_world_process_zero:
+            write_marker(self.folder / f"checkpoint-{state.global_step}", self.config)
+
+    def median_step_time(self) -> float:
+        """Median seconds of an optimizer step of this process, from the batches to the new weights."""
+        return statistics.median(self.step_times) if self.step_times else math.nan
+
+
+class CleanStop(TrainerCallback):
+    """On the first Ctrl-C or SIGTERM: finish the step, save, stop. On the second: stop at once.
+
+    In a run of several processes signals keep their usual meaning: ranks could stop at different steps.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the signals."""
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer to save and stop, at a step that is also logged."""
+        if self.requested and state.global_step % max(1, int(args.logging_steps)) == 0:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signals back."""
+        self.release()
+
+    def release(self) -> None:
+        """Restore the handlers that were there before training."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.release()
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar with the last values beside it instead of a line for each step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss and, once there is one, the validation perplexity."""
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self._loss = f"{logs['loss']:.3f}"
+        if "eval_perplexity" in logs:
+            self._perplexity = f"{logs['eval_perplexity']:.1f}"
+        shown = {"loss": getattr(self, "_loss", "-"), "val ppl": getattr(self, "_perplexity", "-")}
+        self.training_bar.set_postfix(shown)

@@ -1,0 +1,103 @@
+"""What a run leaves for people: its result, its curve and the lines printed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("fullrank", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The processor or GPU of this run, with its number of threads and processes."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``metrics.jsonl``; a last line that was cut short is left out."""
+    rows = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_loss(folder: Path, *, title: str) -> Path:
+    """Draw ``loss.png``: training and validation loss (nats per token) against optimizer steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([s for s, _ in train], [v for _, v in train], color="#9db4d0", linewidth=1, label="train")
+    axes.plot(
+        [s for s, _ in held_out], [v for _, v in held_out], "o-", color="#c0392b", markersize=4, label="validation"
+    )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The lines printed when a run has ended."""
+    state, adamw = result["optimizer_state_bytes"], result["adamw_state_bytes"]
+    return "\n".join(
+        [
+            "",
+            f"validation perplexity  {result['perplexity_before']:,.1f} before, {result['perplexity']:,.2f} after "
+            f"{result['steps']:,} steps ({result['tokens']:,} tokens)",
+            f"optimizer state        {megabytes(state)} with {result['method']}, {megabytes(adamw)} with AdamW "
+            f"({state / adamw:.0%})",
+            f"step time              {result['step_time_median_s'] * 1000:,.0f} ms (median)",
+            f"sample                 {result['sample']!r}",
+            f"files                  {result['folder']} (model/, metrics.jsonl, result.json, loss.png, config.yaml)",
+        ]
+    )
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes in MB (10^6)."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,177 @@
+"""The straight line a run follows, from a configuration to a folder of results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, set_seed
+
+from fullrank import memory
+from fullrank.errors import ConfigError
+from fullrank.methods import METHODS
+from fullrank.train import checkpoint, report
+from fullrank.train.callbacks import CleanStop, Recorder
+from fullrank.train.config import RunConfig
+from fullrank.train.data import load_data, load_tokenizer
+from fullrank.train.model import build_model
+from fullrank.train.trainer import make_trainer
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | None:
+    """Train as configured and leave a run folder behind.
+
+    Args:
+        config: A configuration from ``resolve``.
+        resume: Go on from the newest complete checkpoint in ``config.output_dir``.
+
+    Returns:
+        What ``result.json`` holds, or None if the run was stopped before its end (and can be resumed).
+
+    Raises:
+        ConfigError: Before anything is written, if a setting cannot work.
+        CheckpointError: If there is nothing to resume from, or it belongs to another run.
+        TrainingError: If the loss is no longer finite.
+    """
+    folder = find_folder(config, resume=resume)
+    start = find_start(config, folder, resume=resume)
+    if start is not None and (folder / "result.json").is_file():
+        logger.info("%s has ended already; its result stands", folder)
+        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.data, cache_dir=cache_dir())
+    data = load_data(config.data, tokenizer, cache_dir=cache_dir())
+    logger.info("%s", data.description)
+    model = build_model(
+        config.model,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        sequence_length=config.data.sequence_length,
+        seed=config.seed,
+    )
+    built = METHODS[config.method_name].build(model, config.method)
+    recorder, stop = Recorder(folder, config, built.after_step), CleanStop()
+    trainer = make_trainer(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        built=built,
+        folder=folder,
+        callbacks=[recorder, stop],
+    )
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = replace(config, output_dir=str(folder)).to_dict()
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    if start is None:
+        trainer.evaluate()
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    finally:
+        stop.release()
+    if trainer.state.global_step < trainer.args.max_steps:
+        logger.warning(
+            "stopped at step %d; go on with: fullrank pretrain --resume %s", trainer.state.global_step, folder
+        )
+        return None
+    return finish(config, trainer, recorder, tokenizer=tokenizer, folder=folder)
+
+
+def find_folder(config: RunConfig, *, resume: bool) -> Path:
+    """The run folder: the one asked for, or the first free ``runs/<method>-N``; nothing is made yet."""
+    if config.output_dir is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("output_dir must be given when several processes run together. Add --output_dir DIR.")
+        number = 1
+        while (folder := Path("runs") / f"{config.method_name}-{number}").exists():
+            number += 1
+        return folder
+    folder = Path(config.output_dir)
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"output_dir {folder} exists and is not empty; nothing was overwritten. Go on with it by "
+            f"`fullrank pretrain --resume {folder}`, or choose another."
+        )
+    return folder
+
+
+def find_start(config: RunConfig, folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, verified, or None for a fresh start."""
+    given = config.trainer.get("resume_from_checkpoint")
+    if not resume and not given:
+        return None
+    start = checkpoint.latest_checkpoint(folder) if resume else Path(str(given))
+    checkpoint.verify(start, config)
+    logger.info("resuming from %s", start)
+    return start
+
+
+def finish(
+    config: RunConfig, trainer: Trainer, recorder: Recorder, *, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> dict[str, Any]:
+    """Score the trained model and write ``model/``, ``result.json`` and ``loss.png``."""
+    scores = [row for row in report.read_metrics(folder) if "eval_loss" in row]
+    if not scores or scores[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+        scores = [row for row in report.read_metrics(folder) if "eval_loss" in row]
+    trainer.save_model(str(folder / "model"))
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    optimizer: Any = trainer.optimizer
+    result = {
+        "method": config.method_name,
+        "model": config.model.name,
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "eval_loss": scores[-1]["eval_loss"],
+        "perplexity": scores[-1]["perplexity"],
+        "perplexity_before": scores[0]["perplexity"],
+        "parameters": model.num_parameters(),
+        "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
+        "adamw_state_bytes": memory.adamw_state_bytes(model),
+        "peak_memory_bytes": memory.peak_memory_bytes(),
+        "step_time_median_s": recorder.median_step_time(),
+        "sample": write_sample(model, tokenizer, seed=config.seed),
+        "folder": str(folder),
+        "versions": report.versions(),
+        "hardware": report.hardware(),
+    }
+    if trainer.is_world_process_zero():
+        checkpoint.write_json(folder / "result.json", result)
+        report.draw_loss(folder, title=f"{config.model.name}, {config.method_name}")
+    return result
+
+
+def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int, prompt: str = "The") -> str:
+    """A short text that the trained model continues from the prompt, sampled with a fixed seed."""
+    model.eval()
+    tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        generate: Any = model.generate
+        output = generate(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            max_new_tokens=40,
+            do_sample=True,
+            top_k=40,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def cache_dir() -> Path:
+    """Where prepared text and tokenizers are kept: ``FULLRANK_CACHE``, or ``~/.cache/fullrank``."""
+    return Path(os.environ.get("FULLRANK_CACHE", "~/.cache/fullrank")).expanduser()

@@ -1,0 +1,130 @@
+"""A Hugging Face Trainer from a configuration: the loop is theirs, the same for every method."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from fullrank.errors import ConfigError
+from fullrank.methods import Built
+from fullrank.train.callbacks import ProgressBar
+from fullrank.train.config import RunConfig
+from fullrank.train.data import Data
+from fullrank.train.evaluate import sequence_losses, token_mean
+
+logger = logging.getLogger(__name__)
+
+
+def make_trainer(
+    config: RunConfig,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Data,
+    built: Built,
+    folder: Path,
+    callbacks: list[Any],
+) -> Trainer:
+    """The Trainer of a run, with the method's optimizer and a schedule over its optimizer steps."""
+    args = make_arguments(config, data, folder)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=data.collate,
+        processing_class=tokenizer,
+        optimizers=(built.optimizer, make_scheduler(config, args, built)),
+        compute_metrics=token_mean,
+        preprocess_logits_for_metrics=sequence_losses,
+        callbacks=callbacks,
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressBar)
+    return trainer
+
+
+def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArguments:
+    """TrainingArguments with the accumulation and the number of steps worked out.
+
+    Raises:
+        ConfigError: If the batch sizes do not divide, or transformers refuses an argument.
+    """
+    fields = {key: value for key, value in config.trainer.items() if key != "total_batch_size"}
+    try:
+        args = TrainingArguments(
+            output_dir=str(folder),
+            seed=config.seed,
+            learning_rate=config.method.lr,
+            include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
+            **fields,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"trainer: {error}") from None
+    per_step = args.train_batch_size * args.world_size
+    total = config.trainer.get("total_batch_size")
+    if total is not None:
+        if total < per_step or total % per_step:
+            raise ConfigError(
+                f"trainer.total_batch_size must be a multiple of {per_step} ({args.world_size} processes x "
+                f"{args.train_batch_size} sequences), got {total}. Change it or trainer.per_device_train_batch_size."
+            )
+        args.gradient_accumulation_steps = total // per_step
+    accumulated = args.gradient_accumulation_steps
+    if args.max_steps <= 0:
+        args.max_steps = _steps_of_epochs(data, per_step * accumulated, args.num_train_epochs)
+    logger.info(
+        "%d optimizer steps of %d sequences (%d processes x %d x %d accumulated), %d tokens each",
+        args.max_steps,
+        per_step * accumulated,
+        args.world_size,
+        args.train_batch_size,
+        accumulated,
+        config.data.sequence_length,
+    )
+    return args
+
+
+def make_scheduler(config: RunConfig, args: TrainingArguments, built: Built) -> Any:
+    """The learning-rate schedule by transformers' name, times the method's own factor if it has one."""
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=built.optimizer,
+        num_warmup_steps=args.get_warmup_steps(args.max_steps),
+        num_training_steps=args.max_steps,
+        scheduler_specific_kwargs=config.trainer["lr_scheduler_kwargs"],
+    )
+    scale = built.lr_scale
+    if scale is None:
+        return scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ConfigError(
+            f"trainer.lr_scheduler_type {args.lr_scheduler_type} cannot be combined with this method's own schedule. "
+            "Use linear, cosine, cosine_with_min_lr or constant_with_warmup."
+        )
+    bases: list[Callable[[int], float]] = scheduler.lr_lambdas
+    return LambdaLR(built.optimizer, [_scaled(base, scale) for base in bases])
+
+
+def _scaled(base: Callable[[int], float], scale: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda n: base(n) * scale(n)
+
+
+def _steps_of_epochs(data: Data, batch: int, epochs: float) -> int:
+    sequences = len(data.train) if hasattr(data.train, "__len__") else 0
+    if not sequences:
+        raise ConfigError("a stream has no length. Set trainer.max_steps.")
+    return max(1, math.ceil(sequences / batch * epochs))
