@@ -35,23 +35,17 @@ class Variant:
 
 
 PROJECTED = {"rank": RANK, "update_proj_gap": GAP, "alpha": 0.25, "basis": "power"}
+LOW = (1.5e-3, 3e-3, 6e-3)
 MIDDLE = (3e-3, 6e-3, 1.2e-2)
-HIGH = (6e-3, 1.2e-2, 2.4e-2)
+HIGH = (5e-3, 1e-2, 2e-2)
 VARIANTS = [
     Variant("full", "full", (1e-3, 2e-3, 4e-3)),
-    Variant("full, matrices at lr / 4", "full", (3e-3, 6e-3, 1.2e-2), {"matrix_lr_scale": 0.25}),
+    Variant("full, matrices at lr / 4", "full", MIDDLE, {"matrix_lr_scale": 0.25}),
     Variant("galore", "galore", HIGH, PROJECTED),
-    Variant("fira", "fira", MIDDLE, PROJECTED),
-    Variant("fira, svd", "fira", MIDDLE, PROJECTED | {"basis": "svd"}),
-    Variant("fira, rotate_moments", "fira", MIDDLE, PROJECTED | {"rotate_moments": True}),
+    Variant("fira", "fira", LOW, PROJECTED),
+    Variant("fira, svd", "fira", LOW, PROJECTED | {"basis": "svd"}),
     Variant("fira, alpha_on update", "fira", HIGH, PROJECTED | {"alpha_on": "update"}),
-    Variant(
-        "fira, alpha_on update, rotate_moments",
-        "fira",
-        HIGH,
-        PROJECTED | {"alpha_on": "update", "rotate_moments": True},
-    ),
-    Variant("fira, no limiter", "fira", MIDDLE, PROJECTED | {"limiter_gamma": None}),
+    Variant("fira, rotate_moments", "fira", LOW, PROJECTED | {"rotate_moments": True}),
     Variant("apollo", "apollo", MIDDLE, PROJECTED | {"alpha": 1.0, "basis": "random"}),
     Variant(
         "apollo, tensor, rank 1",

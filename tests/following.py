@@ -45,6 +45,11 @@ def basis_in_force(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, pr
     return Basis(basis, None) if left else Basis(None, basis)
 
 
+def sides_of(basis: Basis) -> list[Tensor]:
+    """The sides that a basis projects, the left one first."""
+    return [side for side in (basis.left, basis.right) if side is not None]
+
+
 class Together:
     """Several references with settings of their own, stepped as one."""
 

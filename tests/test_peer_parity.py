@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from fullrank import ApolloAdamW, FiraAdamW, GaLoreAdamW, divide_params
-from tests.following import basis_in_force, set_gradients
+from tests.following import basis_in_force, set_gradients, sides_of
 from tests.problems import MATRICES, RANK, SHAPES, make_gradients, make_weight, relative_error, with_spikes
 
 STEPS = 20
 TOLERANCE = 1e-5
 NEVER = 1000
 REFRESHES = 6
-QUIET = {"no_deprecation_warning": True}
-SAME_OPTIONS = {"lr": 1e-2, "eps": 1e-6, "betas": (0.9, 0.999)}
+QUIET: dict[str, Any] = {"no_deprecation_warning": True}
+SAME_OPTIONS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-6, "betas": (0.9, 0.999)}
 
 
 def package(name: str) -> Any:
@@ -71,13 +71,16 @@ class Injection:
 
     def remember(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         """Note our basis of this step."""
-        self.basis = basis_in_force(optimizer, parameter, self.proj_type)
+        basis = basis_in_force(optimizer, parameter, self.proj_type)
+        assert basis is not None
+        self.basis = basis
 
     def _wrapped(self) -> Callable[..., Tensor]:
         def replaced(projector: object, weights: Tensor, rank: int, **options: Any) -> Tensor:
             self.count += 1
             left = options["type"] == "left"
-            mine = (self.basis.left if left else self.basis.right.T).float().contiguous()
+            side = sides_of(self.basis)[0].float()
+            mine = (side if left else side.T).contiguous()
             own = self.original(projector, weights, rank, **options)
             assert mine.shape == own.shape
             if self.same_subspace:

@@ -112,7 +112,7 @@ def test_projection_sides(method: str, proj_type: str, shape: str) -> None:
     ],
     ids=["off", "no-floor", "floor", "floor-above-all", "gamma-1.1"],
 )
-def test_limiter(limiter: dict[str, float | None], shape: str, alpha_on: str) -> None:
+def test_limiter(limiter: dict[str, Any], shape: str, alpha_on: str) -> None:
     """The limiter off, on and under its floor, on a sequence with spikes of 20 times the gradient."""
     check("fira", shape, spikes=True, alpha=0.25, alpha_on=alpha_on, **limiter)
 
@@ -200,7 +200,7 @@ def test_learning_rate_of_each_step(method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_groups_of_different_settings(dtype: torch.dtype) -> None:
     """Group keys override the arguments, one group at a time; ``scale`` is another word for alpha."""
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"rank": 2, "update_proj_gap": 3, "alpha": 0.25, "lr": 1e-2},
         {"rank": 5, "update_proj_gap": 4, "scale": 0.5, "lr": 3e-2, "proj_type": "right"},
     ]

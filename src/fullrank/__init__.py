@@ -4,7 +4,7 @@ Optimizers for any training loop (this module needs torch alone) and an applicat
 Hugging Face's Trainer (``fullrank.train``, the ``[train]`` extra).
 """
 
-from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
 from fullrank.methods import METHODS, Built, Method
 from fullrank.methods.apollo import ApolloAdamW
 from fullrank.methods.fira import FiraAdamW, FiraRMSprop
@@ -24,6 +24,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreRMSprop",
     "Method",
+    "TrainingError",
     "UnsupportedError",
     "divide_params",
 ]

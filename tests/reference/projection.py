@@ -39,8 +39,8 @@ class Basis:
 
     def same_as(self, other: Basis) -> bool:
         """Whether both sides are equal, number by number."""
-        mine, theirs = (self.left, self.right), (other.left, other.right)
-        return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        pairs = [(self.left, other.left), (self.right, other.right)]
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
 def sides(rows: int, columns: int, proj_type: str) -> tuple[bool, bool]:
@@ -54,7 +54,7 @@ def sides(rows: int, columns: int, proj_type: str) -> tuple[bool, bool]:
 def svd_basis(grad: Tensor, rank: int, proj_type: str) -> Basis:
     """The first ``rank`` singular vectors of the projected sides (GaLore, equation 13)."""
     u, _, vh = torch.linalg.svd(grad, full_matrices=False)
-    left, right = sides(*grad.shape, proj_type)
+    left, right = sides(grad.shape[0], grad.shape[1], proj_type)
     return Basis(u[:, :rank] if left else None, vh[:rank].T if right else None)
 
 
@@ -64,10 +64,10 @@ def rotate(m: Tensor, v: Tensor, old: Basis, new: Basis) -> tuple[Tensor, Tensor
     With T = Q_old^T Q_new the mean turns exactly, m T; the second moment is turned as if the old
     coordinates were uncorrelated, v (T * T), entry by entry.
     """
-    if old.right is not None:
+    if old.right is not None and new.right is not None:
         turn = old.right.T @ new.right
         m, v = m @ turn, v @ (turn * turn)
-    if old.left is not None:
+    if old.left is not None and new.left is not None:
         turn = old.left.T @ new.left
         m, v = turn.T @ m, (turn * turn).T @ v
     return m, v

@@ -61,6 +61,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_bpe(iter(make_documents(50)), vocab_size=300)
 
 
+@pytest.fixture(scope="module")
+def docs_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written once: parsing the standard library takes seconds."""
+    folder = tmp_path_factory.mktemp("docs")
+    write_python_docs(folder)
+    return folder
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
@@ -335,13 +343,6 @@ class TestTokenizer:
 
 
 class TestPythonDocs:
-    @pytest.fixture(scope="class")
-    def docs_cache(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Written once: parsing the standard library takes seconds."""
-        folder = tmp_path_factory.mktemp("docs")
-        write_python_docs(folder)
-        return folder
-
     def test_documents_are_not_repeated(self, docs_cache: Path) -> None:
         path = write_python_docs(docs_cache)
         assert list(docs_cache.iterdir()) == [path]

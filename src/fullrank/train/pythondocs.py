@@ -39,6 +39,7 @@ def write_python_docs(cache_dir: Path) -> Path:
         handle, temporary = tempfile.mkstemp(dir=cache_dir, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in python_documents())
+        os.utime(temporary, (0, 0))  # what is cached from a file goes by its time: whoever writes it, the same
         Path(temporary).replace(path)
     return path
 
