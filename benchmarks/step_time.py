@@ -2,8 +2,9 @@
 
 Weights are plain tensors in the shapes of a LLaMA with fixed random gradients: no model, no data. All
 optimizers of a scope live in one process and are stepped in turn, each round starting with the next
-one, so that a change of clock or load meets all; medians are kept. Two scopes: the projected matrices
-alone, and the whole model, where embedding, head and norms take plain AdamW.
+one, so that a change of clock or load meets all; medians are shown, quartiles and minima kept. Two
+scopes: the projected matrices alone, and the whole model, where embedding, head and norms take plain
+AdamW.
 
 A step and a refresh are timed apart. A refresh is timed on the matrices of ``--refresh-layers`` layers
 (a refreshing step minus a plain one) and scaled to all; amortised = step + refresh / gap. The bases of
@@ -24,6 +25,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import statistics
 import warnings
@@ -155,14 +157,12 @@ def rows_of(
     to_all_layers: float,
     gap: int,
 ) -> list[dict[str, Any]]:
-    """One row a case and basis, with ratios to the bound, to fused AdamW and to the authors' package.
-
-    The package is taken with the same basis, or with its first where it lacks that one.
-    """
+    """The bound first, then one row a case and basis."""
     bound = statistics.median(times["bound"])
     rows: list[dict[str, Any]] = [
         common | {"case": "bound", "basis": "", "step_s": bound, "refresh_s": 0.0, "amortised_s": bound}
     ]
+    rows[0]["step_s_min"] = min(times["bound"])
     for case in cases:
         step = statistics.median(times[case.name])
         for basis in case.bases or ("",):
@@ -175,17 +175,26 @@ def rows_of(
                 "refresh_s": extra,
             }
             quartiles = statistics.quantiles(times[case.name], n=4)[::2]
-            rows.append(common | row | {"amortised_s": step + extra / gap, "step_s_quartiles": quartiles})
+            spread = {"step_s_min": min(times[case.name]), "step_s_quartiles": quartiles}
+            rows.append(common | row | {"amortised_s": step + extra / gap} | spread)
+    add_ratios(rows)
+    return rows
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Ratios of each row to the bound, to fused AdamW and to the authors' package.
+
+    The package is taken with the same basis, or with its first where it lacks that one.
+    """
     first = {row["case"]: row for row in reversed(rows)}
     exact = {(row["case"], row["basis"]): row for row in rows}
     for row in rows:
         name = row.get("peer", "")
         peer = exact.get((name, row["basis"])) or first.get(name)
-        row["step_over_bound"] = row["step_s"] / bound
+        row["step_over_bound"] = row["step_s"] / rows[0]["step_s"]
         row["amortised_over_adamw"] = row["amortised_s"] / first["torch AdamW fused"]["amortised_s"]
         row["authors_step_over_this"] = peer["step_s"] / row["step_s"] if peer else None
         row["authors_amortised_over_this"] = peer["amortised_s"] / row["amortised_s"] if peer else None
-    return rows
 
 
 def free(device: torch.device) -> None:
@@ -211,6 +220,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": cpu,
         "gpu": gpu,
         "threads": torch.get_num_threads(),
+        "load_average_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -257,8 +267,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
-    rows = [row for size in options.sizes for row in measure_size(size, options, device)]
     known = environment(device)
+    rows = [row for size in options.sizes for row in measure_size(size, options, device)]
     hardware = (known["gpu"] or f"{known['cpu']} {known['threads']} threads").lower().replace(" ", "-")
     output = options.output or RESULTS / f"step_time_{hardware}_{known['date'][:7].replace('-', '')}.json"
     settings = {k: v for k, v in vars(options).items() if k != "output"}

@@ -52,6 +52,7 @@ def draw_loss(folder: Path, *, title: str) -> Path:
     """Draw ``loss.png``: training and validation loss (nats per token) against optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(folder)
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -64,6 +65,7 @@ def draw_loss(folder: Path, *, title: str) -> Path:
         [s for s, _ in held_out], [v for _, v in held_out], "o-", color="#c0392b", markersize=4, label="validation"
     )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
