@@ -192,9 +192,9 @@ class ProjectedOptimizer(MethodOptimizer):
         sides = {"basis": grad_MN}
         if group["proj_type"] == "full":
             sides["basis_left"] = grad_MN.t()
-        for key, side in sides.items():
+        for number, (key, side) in enumerate(sides.items()):
             old = state[key]
-            new = self._new_basis(side, old, group, first=first, seed=seed)
+            new = self._new_basis(side, old, group, first=first, seed=mix_seed(seed, number))
             if group["rotate_moments"] and not first:
                 for name in self.moments:
                     subspace.rotate_(state[name], old, new, squared=name != "exp_avg", left=key == "basis_left")

@@ -102,10 +102,10 @@ class ApolloAdamW(ProjectedAdamW):
     def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Scale the raw gradient: Algorithm 1 of the paper."""
         whole = group["scaling"] == "tensor" or matrix.basis_left is not None
-        low_norm = lowrank.norms_sq(matrix.low, whole=whole).sqrt_()
-        factor = lowrank.norms_sq(matrix.direction, whole=whole).sqrt_() / (low_norm + 1e-8)
+        low_norms = lowrank.norms(matrix.low, whole=whole)
+        factor = lowrank.norms(matrix.direction, whole=whole) / (low_norms + 1e-8)
         if group["limiter_gamma"] is not None:
-            norm = (factor.square() * lowrank.norms_sq(matrix.grad, whole=whole)).sum().sqrt_()
+            norm = torch.linalg.vector_norm(factor * lowrank.norms(matrix.grad, whole=whole))
             factor = factor * self.limit_growth_(norm, matrix, state, group)
         if matrix.keep != 1.0:
             matrix.weight.mul_(matrix.keep)
@@ -122,6 +122,11 @@ class ApolloAdamW(ProjectedAdamW):
         problems = super().option_problems(group)
         if group["scaling"] not in ("channel", "tensor"):
             problems.append(f"scaling must be channel or tensor, got {group['scaling']!r}.")
+        if group["rotate_moments"] and group["basis"] == "random":
+            problems.append(
+                "rotate_moments needs an orthonormal basis, and basis random is a Gaussian projection here. "
+                "Set basis to svd or power, or rotate_moments to False."
+            )
         return problems
 
 

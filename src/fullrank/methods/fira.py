@@ -2,14 +2,15 @@
 
 Adam runs in a low-rank subspace of the gradient as in GaLore, and the rest of the gradient is kept:
 its rows are scaled by what Adam did to the rows of the projected gradient, s_i = |N_i| / |R_i|
-(norm-based scaling, section 4.2), and a limiter lets the norm of that scaled residual grow by at
-most 1% a step (norm-growth limiter, section 4.3). Every weight moves in every direction.
+(norm-based scaling, section 4.1), and a limiter lets the norm of that scaled residual grow by at
+most 1% a step (norm-growth limiter, section 4.2). Every weight moves in every direction.
 
 Memory for an m x n matrix, m >= n: 2 m r + n r + 1 numbers of state (AdamW: 2 m n).
 
 Where the authors' code and their Algorithm 1 differ, the code is the default, because the published
 recipes ran it: alpha multiplies the low-rank term and the part that is subtracted, but not the
-residual as a whole (``alpha_on="update"`` is the paper's form).
+residual as a whole (``alpha_on="update"`` is the paper's form). In both forms the limiter sees the
+direction before Adam's bias correction, as in the code; Algorithm 1 puts the correction inside N.
 
 Departures from the authors' code: the residual is never formed (``ops.lowrank``), so there is no
 full-size temporary; nothing waits for the device; the limiter has a floor, without which one zero
@@ -38,26 +39,27 @@ class _Fira(ProjectedOptimizer):
         kept = 1.0 if on_update else group["alpha"]  # E = G - kept * R Q^T
         outside = group["alpha"] if on_update else 1.0  # what alpha makes of the residual's step
 
-        # Norm-based scaling: s = |N| / |R|, and the norm of S = s * E.
-        low_norm = lowrank.norms_sq(matrix.low, whole=whole).sqrt_()
-        factor = lowrank.norms_sq(matrix.direction, whole=whole).sqrt_() / (low_norm + 1e-8)
-        residual, residual_sq = None, None
+        # Norm-based scaling: s = |N| / |R|, and the squared norms of the residual E.
+        low_norms = lowrank.norms(matrix.low, whole=whole)
+        factor = lowrank.norms(matrix.direction, whole=whole) / (low_norms + 1e-8)
+        residual = None
         if lowrank.uses_direct_residual(matrix.basis.shape[0], matrix.basis.shape[1]):
             residual = matrix.grad - kept * lowrank.lift(matrix.low, matrix.basis, matrix.basis_left)
-            residual_sq = lowrank.norms_sq(residual, whole=whole)
+            residual_sq = lowrank.norms(residual, whole=whole).square_()
         else:
-            residual_sq = lowrank.residual_norms_sq(matrix.grad, matrix.low, kept=kept, whole=whole)
+            grad_norms = lowrank.norms(matrix.grad, whole=whole)
+            residual_sq = lowrank.residual_norms_sq(grad_norms, low_norms, kept=kept)
 
-        # Norm-growth limiter: S may grow by at most gamma per step.
+        # Norm-growth limiter: the norm of S = s * E may grow by at most gamma per step.
         if group["limiter_gamma"] is not None:
-            norm = (factor.square() * residual_sq).sum().sqrt_()
+            norm = residual_sq.mul_(factor).mul_(factor).sum().sqrt_()
             factor = factor * self.limit_growth_(norm, matrix, state, group)
 
         # W -= step * (alpha N Q^T + outside * S)
         scale = -matrix.step_size * matrix.keep
         low = group["alpha"] * matrix.direction
         if residual is None:
-            low -= (kept * outside) * factor * matrix.low
+            low.addcmul_(factor, matrix.low, value=-kept * outside)
             residual = matrix.grad
         lowrank.add_lifted_(matrix.weight, low, matrix.basis, matrix.basis_left, scale=scale, keep=matrix.keep)
         lowrank.add_scaled_(matrix.weight, residual, factor, scale=scale * outside)
@@ -214,9 +216,9 @@ class FiraConfig(ProjectionConfig):
     alpha_on: Literal["subspace", "update"] = "subspace"
     """What alpha multiplies: the subspace (the authors' code) or the whole update (Algorithm 1)."""
     scaling: Literal["column", "matrix"] = "column"
-    """One factor of the residual per column (section 4.2) or per matrix (ablation)."""
+    """One factor of the residual per column (section 4.1) or per matrix (ablation)."""
     limiter_gamma: float | None = 1.01
-    """Largest growth of the scaled residual's norm per optimizer step (gamma, section 4.3); none: no limit."""
+    """Largest growth of the scaled residual's norm per optimizer step (gamma, section 4.2); none: no limit."""
     limiter_floor: float = 1e-3
     """Root mean square of the scaled residual below which it may grow freely."""
 

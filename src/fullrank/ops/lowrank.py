@@ -25,8 +25,8 @@ def uses_direct_residual(projected_side: int, rank: int) -> bool:
     return 2 * rank >= projected_side
 
 
-def norms_sq(matrix_MN: Tensor, *, whole: bool = False) -> Tensor:
-    """Squared norm of each row (M x 1), or of the whole matrix (1 x 1); float32 at least."""
+def norms(matrix_MN: Tensor, *, whole: bool = False) -> Tensor:
+    """Norm of each row (M x 1), or of the whole matrix (1 x 1); float32 at least."""
     dtype = torch.promote_types(matrix_MN.dtype, torch.float32)
     if matrix_MN.device.type == "cpu" and matrix_MN.stride(0) == 1 < matrix_MN.stride(1):
         # torch's CPU norm walks a transposed matrix with long strides: sum blocks of its columns instead.
@@ -34,16 +34,16 @@ def norms_sq(matrix_MN: Tensor, *, whole: bool = False) -> Tensor:
         rows = torch.zeros(matrix_MN.shape[0], dtype=dtype)
         for block in blocks:
             rows += block.to(dtype).square().sum(0)
-        rows = rows.unsqueeze(1)
+        rows = rows.sqrt_().unsqueeze(1)
     else:
-        rows = torch.linalg.vector_norm(matrix_MN, dim=1, keepdim=True, dtype=dtype).square_()
-    return rows.sum(0, keepdim=True) if whole else rows
+        rows = torch.linalg.vector_norm(matrix_MN, dim=1, keepdim=True, dtype=dtype)
+    return torch.linalg.vector_norm(rows, dim=0, keepdim=True) if whole else rows
 
 
-def residual_norms_sq(grad_MN: Tensor, low_Mr: Tensor, *, kept: float, whole: bool = False) -> Tensor:
-    """Squared norms of E = G - kept * R Q^T, by row (M x 1) or whole (1 x 1), from those of G and R."""
-    removed = (2.0 * kept - kept * kept) * norms_sq(low_Mr, whole=whole)
-    return (norms_sq(grad_MN, whole=whole) - removed).clamp_(min=0.0)
+def residual_norms_sq(grad_norms: Tensor, low_norms: Tensor, *, kept: float) -> Tensor:
+    """Squared norms of E = G - kept * R Q^T from the norms of G and of R, by row or whole alike; at least 0."""
+    removed = 2.0 * kept - kept * kept
+    return torch.addcmul(grad_norms.square(), low_norms, low_norms, value=-removed).clamp_(min=0.0)
 
 
 def lift(low: Tensor, basis_Nr: Tensor, basis_left_Mr: Tensor | None = None) -> Tensor:
@@ -75,13 +75,13 @@ def add_scaled_(weight_MN: Tensor, matrix_MN: Tensor, factor: Tensor, *, scale: 
 
 
 def limit_growth_(norm: Tensor, previous: Tensor, *, gamma: float, floor: float) -> Tensor:
-    """Fira's norm-growth limiter (section 4.3): the factor c, and ``previous`` updated in place.
+    """Fira's norm-growth limiter (section 4.2): the factor c, and ``previous`` updated in place.
 
     c = 1 while ``previous`` is not above ``floor`` (so also at the first call, where it is 0), else
     gamma / max(norm / (previous + 1e-8), gamma). All are 0-d tensors: nothing waits for the device.
     Without a floor a first norm near zero would allow growth from there by 1% a step for ever.
     """
     growth = (norm / (previous + 1e-8)).clamp_(min=gamma)
-    factor = torch.where(previous > floor, gamma / growth, torch.ones_like(growth))
+    factor = torch.where(previous > floor, gamma / growth, 1.0)
     previous.copy_(norm * factor)
     return factor

@@ -68,6 +68,7 @@ OWNED_BY_METHOD = {
     "optim_args": "method.name",
     "optim_target_modules": "method.target_modules",
     "output_dir": "output_dir",
+    "eval_on_start": "nothing: a fresh run is always scored first",
     "seed": "seed",
 }
 """TrainingArguments fields that have one place of their own in a configuration."""

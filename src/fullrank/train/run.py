@@ -74,8 +74,8 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         folder.mkdir(parents=True, exist_ok=True)
         resolved = replace(config, output_dir=str(folder)).to_dict()
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    if start is None:
-        trainer.evaluate()
+    # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
+    trainer.args.eval_on_start = start is None
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
