@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fullrank.train.report import read_metrics
 
-WORDS = "low rank gradient basis weight moment scale update step matrix norm limit subspace tall wide".split()
+WORDS = ("low", "rank", "gradient", "basis", "weight", "moment", "scale", "step", "matrix", "norm", "tall", "wide")
 
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"lr": 0.003},

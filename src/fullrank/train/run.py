@@ -173,5 +173,6 @@ def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, 
 
 
 def cache_dir() -> Path:
-    """Where prepared text and tokenizers are kept: ``FULLRANK_CACHE``, or ``~/.cache/fullrank``."""
-    return Path(os.environ.get("FULLRANK_CACHE", "~/.cache/fullrank")).expanduser()
+    """Where prepared text and tokenizers are kept: ``FULLRANK_CACHE``, or ``fullrank`` in the user's cache folder."""
+    own = os.environ.get("FULLRANK_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fullrank"
+    return Path(own).expanduser()

@@ -1,0 +1,62 @@
+"""On a GPU: the same numbers as on the CPU, and no step that waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fullrank import ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW, GaLoreRMSprop
+from tests.problems import make_gradients, make_weight, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SHAPES = [(96, 40), (40, 96), (64, 64)]
+CLASSES: list[Callable[..., torch.optim.Optimizer]] = [
+    FiraAdamW,
+    FiraRMSprop,
+    GaLoreAdamW,
+    GaLoreRMSprop,
+    ApolloAdamW,
+]
+
+
+def make(cls: Callable[..., torch.optim.Optimizer], device: str, **options: Any) -> torch.optim.Optimizer:
+    parameters = [torch.nn.Parameter(make_weight(shape).float().to(device)) for shape in SHAPES]
+    return cls([{"params": parameters, "rank": 8, "update_proj_gap": 100}], lr=1e-2, **options)
+
+
+def step(optimizer: torch.optim.Optimizer, number: int) -> None:
+    for parameter, shape in zip(optimizer.param_groups[0]["params"], SHAPES, strict=True):
+        parameter.grad = make_gradients(shape, number + 1)[number].float().to(parameter.device)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_gpu_follows_the_cpu(cls: Callable[..., torch.optim.Optimizer]) -> None:
+    """A random basis is drawn on the CPU, so both devices project alike."""
+    here, there = make(cls, "cpu", basis="random"), make(cls, "cuda", basis="random")
+    for number in range(10):
+        step(here, number)
+        step(there, number)
+    for ours, theirs in zip(here.param_groups[0]["params"], there.param_groups[0]["params"], strict=True):
+        assert relative_error(theirs.detach().cpu(), ours.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_step_between_refreshes_waits_for_the_device(cls: Callable[..., torch.optim.Optimizer]) -> None:
+    optimizer = make(cls, "cuda", basis="power")
+    step(optimizer, 0)
+    for parameter, shape in zip(optimizer.param_groups[0]["params"], SHAPES, strict=True):
+        parameter.grad = make_gradients(shape, 2)[1].float().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in optimizer.param_groups[0]["params"])
