@@ -56,8 +56,9 @@ def main() -> None:
                 optimizers=(optimizer, None),
             )
             result = trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-30" if resume else None)
-            print(f"{'resumed at 30' if resume else 'uninterrupted'}: weights sum to "
-                  f"{sum(p.double().sum().item() for p in model.parameters()):.10f} after {result.global_step} steps")  # fmt: skip
+            total = sum(p.double().sum().item() for p in model.parameters())
+            start = "resumed at 30" if resume else "uninterrupted"
+            print(f"{start}: weights sum to {total:.10f} after {result.global_step} steps")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_total_batch_size_sets_the_accumulation(text: Path, tmp_path: Path) -> N
     assert first["eval_loss"] == pytest.approx(second["eval_loss"], rel=1e-4)
     accumulated["trainer"]["total_batch_size"] = 6
     accumulated["output_dir"] = str(tmp_path / "never")
-    with pytest.raises(ConfigError, match="multiple of 4 .* got 6"):
+    with pytest.raises(ConfigError, match=r"multiple of 4 .* got 6"):
         pretrain(resolve(accumulated))
 
 
