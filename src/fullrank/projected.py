@@ -122,14 +122,17 @@ class ProjectedOptimizer(MethodOptimizer):
                 raise
 
     def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
-        """Moments in ``state_dtype``; basis and limiter in float32 (float64 for float64 weights)."""
+        """Low-rank moments in ``state_dtype``, basis and limiter in float32 (float64 for float64 weights).
+
+        A plain parameter's moments have its own dtype, as in ``torch.optim.AdamW``.
+        """
+        spec: StateSpec = {"step": ((), torch.float32)}
+        if not is_projected(parameter, group):
+            return spec | dict.fromkeys(self.moments, (tuple(parameter.shape), parameter.dtype))
         working = torch.promote_types(parameter.dtype, torch.float32)
         moment = parameter.dtype if group["state_dtype"] is None else STATE_DTYPES[group["state_dtype"]]
         if parameter.dtype == torch.float64:
             moment = torch.float64
-        spec: StateSpec = {"step": ((), torch.float32)}
-        if not is_projected(parameter, group):
-            return spec | dict.fromkeys(self.moments, (tuple(parameter.shape), moment))
         rank = group["rank"]
         rows, columns = parameter.shape[0], parameter[0].numel()
         if subspace.projects_rows((rows, columns), group["proj_type"]):
@@ -275,9 +278,8 @@ class ProjectedRMSprop(ProjectedOptimizer):
         for parameter in parameters:
             square_avg = self.state[parameter]["square_avg"]
             assert parameter.grad is not None
-            grad = parameter.grad.to(square_avg.dtype)
-            direction = adam.rmsprop_direction_(square_avg, grad, beta=group["beta"], eps=group["eps"])
-            parameter.add_(direction.to(parameter.dtype), alpha=-float(group["lr"]))
+            direction = adam.rmsprop_direction_(square_avg, parameter.grad, beta=group["beta"], eps=group["eps"])
+            parameter.add_(direction, alpha=-float(group["lr"]))
         adam.decay_(parameters, lr=float(group["lr"]), weight_decay=group["weight_decay"])
 
 

@@ -100,7 +100,8 @@ class FiraAdamW(_Fira, ProjectedAdamW):
         limiter_floor: Root mean square below which a previous norm does not limit; 0 as in the authors' code.
         rotate_moments: Carry the moments into the new basis at a refresh.
         stagger_refresh: Spread the refreshes of the matrices over the gap, so that no step stands out.
-        state_dtype: dtype of the moments ("float32", "bfloat16"); None: the weight's.
+        state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
+            parameters keep their moments in their own dtype, as torch.optim.AdamW does.
         seed: Seed of random directions; use the same on every rank.
 
     Raises:

@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-CHUNK = 1 << 22
-"""Elements converted at a time where a state's dtype differs from its weight's (16 MB in float32)."""
-
 
 def adam_step_size(lr: float, betas: tuple[float, float], step: int, *, correct_bias: bool = True) -> float:
     """The learning rate times Adam's two bias corrections at optimizer step ``step`` (1, 2, ...)."""
@@ -52,11 +49,11 @@ def adamw_(
     weight_decay: float,
     correct_bias: bool,
 ) -> None:
-    """One AdamW step on every tensor of the lists; weights and moments change in place.
+    """One AdamW step on every tensor of the lists; weights and moments (of one dtype) change in place.
 
     torch's fused kernel does the work where it can. It divides by sqrt(v / c2) + eps, so it is given
     eps / sqrt(c2), which is the same direction as m / (sqrt(v) + eps) with both corrections in the
-    step size. Tensors it does not take (moments in another dtype, no bias correction) go in chunks.
+    step size. It always corrects the bias and walks memory in order: other cases go tensor by tensor.
     """
     if correct_bias and all(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs)):
         adamw(
@@ -78,7 +75,8 @@ def adamw_(
     else:
         step_size = adam_step_size(lr, betas, step, correct_bias=correct_bias)
         for weight, grad, exp_avg, exp_avg_sq in zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True):
-            _adam_in_chunks_(weight, grad, exp_avg, exp_avg_sq, step_size=step_size, betas=betas, eps=eps)
+            direction = adam_direction_(exp_avg, exp_avg_sq, grad, betas=betas, eps=eps)
+            weight.add_(direction, alpha=-step_size)
     decay_(weights, lr=lr, weight_decay=weight_decay)
 
 
@@ -86,25 +84,6 @@ def decay_(weights: list[Tensor], *, lr: float, weight_decay: float) -> None:
     """Decoupled weight decay: multiply each weight by 1 - lr * weight_decay, in place."""
     if weight_decay and weights:
         torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
-
-
-def _adam_in_chunks_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step_size: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """Adam with moments in their own dtype, in pieces of ``CHUNK`` elements to bound the temporaries."""
-    tensors = (weight, grad, exp_avg, exp_avg_sq)
-    flat = all(t.is_contiguous() for t in tensors)
-    pieces = [t.view(-1).split(CHUNK) if flat else (t,) for t in tensors]
-    for w, g, m, v in zip(*pieces, strict=True):
-        direction = adam_direction_(m, v, g.to(m.dtype), betas=betas, eps=eps)
-        w.add_(direction.to(w.dtype), alpha=-step_size)
 
 
 def _same_layout(weight: Tensor, *others: Tensor) -> bool:

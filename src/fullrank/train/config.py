@@ -83,7 +83,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_steps": 500,
     "save_total_limit": 3,
     "disable_tqdm": False,
-    "dataloader_pin_memory": False,
 }
 """Where a run departs from TrainingArguments' own defaults: the papers' cosine to 10%, every step logged."""
 

@@ -77,10 +77,12 @@ def draw_loss(folder: Path, *, title: str) -> Path:
 def summary(result: dict[str, Any]) -> str:
     """The lines printed when a run has ended."""
     state, adamw = result["optimizer_state_bytes"], result["adamw_state_bytes"]
+    before = result["perplexity_before"]
+    start = f"{before:,.1f} before, " if before is not None else ""
     return "\n".join(
         [
             "",
-            f"validation perplexity  {result['perplexity_before']:,.1f} before, {result['perplexity']:,.2f} after "
+            f"validation perplexity  {start}{result['perplexity']:,.2f} after "
             f"{result['steps']:,} steps ({result['tokens']:,} tokens)",
             f"optimizer state        {megabytes(state)} with {result['method']}, {megabytes(adamw)} with AdamW "
             f"({state / adamw:.0%})",

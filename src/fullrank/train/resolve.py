@@ -181,6 +181,8 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
         section, _, name = key.partition(".")
         if name:
             sections[section][name] = value
+    if "trainer.lr_scheduler_type" in values and "trainer.lr_scheduler_kwargs" not in values:
+        sections["trainer"]["lr_scheduler_kwargs"] = {}
     problems += _contradictions(sections["trainer"], streaming=bool(sections["data"].get("streaming")))
     if problems:
         raise ConfigError("\n".join(problems))

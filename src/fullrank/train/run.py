@@ -136,7 +136,7 @@ def finish(
         "tokens": int(trainer.state.num_input_tokens_seen),
         "eval_loss": scores[-1]["eval_loss"],
         "perplexity": scores[-1]["perplexity"],
-        "perplexity_before": scores[0]["perplexity"],
+        "perplexity_before": scores[0]["perplexity"] if scores[0]["step"] == 0 else None,
         "parameters": model.num_parameters(),
         "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
         "adamw_state_bytes": memory.adamw_state_bytes(model),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
@@ -64,6 +65,7 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         ConfigError: If the batch sizes do not divide, or transformers refuses an argument.
     """
     fields = {key: value for key, value in config.trainer.items() if key != "total_batch_size"}
+    fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     try:
         args = TrainingArguments(
             output_dir=str(folder),

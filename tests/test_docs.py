@@ -1,0 +1,179 @@
+"""What the documents say is run: Python blocks, recipes, command lines, links; and every method has its page.
+
+A ```python block runs as it stands, in a namespace and a folder of its own. A ```bash block is not run: its
+``fullrank`` commands are parsed and resolved. Blocks of other kinds (```text) are for reading only.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fullrank import METHODS
+from fullrank.cli import COMMANDS, print_help, split_arguments
+from fullrank.train.config import TRAINER_DEFAULTS
+from fullrank.train.resolve import recipe_names, resolve, show_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+SECTIONS = {"model", "data", "method", "trainer"}
+
+
+@dataclass(frozen=True)
+class Block:
+    path: Path
+    line: int
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}"
+
+
+def all_blocks() -> list[Block]:
+    found = []
+    for path in DOCUMENTS:
+        content = path.read_text(encoding="utf-8")
+        for match in FENCE.finditer(content):
+            found.append(Block(path, content.count("\n", 0, match.start()) + 1, match[1], match[2]))
+    return found
+
+
+BLOCKS = all_blocks()
+
+
+def of_kind(kind: str) -> list[Block]:
+    return [block for block in BLOCKS if block.kind == kind]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every ``fullrank`` command line: where it stands, and what follows the word ``fullrank``."""
+    for block in of_kind("bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "fullrank" in words:
+                yield f"{block} {line}", words[words.index("fullrank") + 1 :]
+
+
+COMMAND_LINES = list(commands())
+
+
+def test_blocks_are_found() -> None:
+    assert {"python", "bash", "yaml", "text"} >= {block.kind for block in BLOCKS}, "a kind that nothing here checks"
+    assert len(of_kind("python")) > 10
+    assert len(COMMAND_LINES) > 10
+    for path in DOCUMENTS:
+        assert path.read_text(encoding="utf-8").count("```") == 2 * sum(block.path == path for block in BLOCKS)
+
+
+@pytest.mark.parametrize("block", of_kind("python"), ids=str)
+def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FULLRANK_CACHE", str(tmp_path / "cache"))
+    state = torch.get_rng_state()
+    try:
+        # blank lines before it, so that a traceback names the line of the document
+        exec(compile("\n" * block.line + block.text, str(block.path), "exec"), {"__name__": "__main__"})
+    finally:
+        torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("block", of_kind("yaml"), ids=str)
+def test_yaml_block_resolves(block: Block) -> None:
+    content = yaml.safe_load(block.text)
+    if isinstance(content, dict) and SECTIONS & content.keys():
+        resolve(content)
+
+
+@pytest.mark.parametrize(("where", "words"), COMMAND_LINES, ids=[where for where, _ in COMMAND_LINES])
+def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, *arguments = words
+    assert command in COMMANDS
+    if command == "recipes":
+        if arguments:
+            assert arguments[0] == "show"
+            assert show_recipe(arguments[1])
+        return
+    flags, overrides = split_arguments(arguments)
+    if flags.help:
+        print_help(overrides.get("method.name", "fira"))
+        assert "--method.lr" in capsys.readouterr().out
+        return
+    if flags.resume is not None:
+        assert flags.config is None
+        assert "output_dir" not in overrides
+    recipe: Any = flags.config
+    if recipe is not None and recipe not in recipe_names():
+        assert recipe.endswith(".yaml"), "neither a packaged recipe nor a file of the reader's own"
+        recipe = None
+    resolve(recipe, overrides)
+
+
+def links() -> list[tuple[str, Path, str]]:
+    found = []
+    for path in DOCUMENTS:
+        content = FENCE.sub("", path.read_text(encoding="utf-8"))
+        for target in LINK.findall(content):
+            if "://" not in target and not target.startswith("mailto:"):
+                found.append((f"{path.relative_to(ROOT)} -> {target}", path, target))
+    return found
+
+
+@pytest.mark.parametrize(("path", "target"), [link[1:] for link in links()], ids=[link[0] for link in links()])
+def test_link_leads_somewhere(path: Path, target: str) -> None:
+    name, _, anchor = target.partition("#")
+    there = (path.parent / name).resolve() if name else path
+    assert there.exists()
+    assert there.is_relative_to(ROOT)
+    if anchor:
+        headings = HEADING.findall(FENCE.sub("", there.read_text(encoding="utf-8")))
+        assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_has_its_page_and_its_recipe(method: str) -> None:
+    """The page names every option and says where the published numbers come from."""
+    page = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+    assert METHODS[method].paper in page
+    missing = [field.name for field in fields(METHODS[method].config) if f"`{field.name}`" not in page]
+    assert not missing
+    for heading in ("Algorithm", "Use", "Memory", "Options", "Departures", "Published numbers"):
+        assert f"\n## {heading}\n" in page
+    assert f"methods/{method}.md" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert any(name.endswith(f"-{method}") for name in recipe_names())
+
+
+def test_recipes_are_listed_with_their_values() -> None:
+    """The table of docs/recipes.md agrees with the packaged files."""
+    table = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in recipe_names():
+        if not name.startswith("pretrain/"):
+            continue
+        config = resolve(name)
+        row = re.search(rf"^\| `{name.removeprefix('pretrain/')}` \| (.*) \|$", table, re.MULTILINE)
+        assert row, f"{name} has no row"
+        lr, rank, alpha, gap, steps, published = row[1].split(" | ")
+        assert (float(lr), int(steps.replace(",", ""))) == (config.method.lr, config.trainer["max_steps"])
+        if config.method_name == "full":
+            assert rank == alpha == gap == "-"
+        else:
+            method = config.method
+            assert (int(rank), float(alpha), int(gap)) == (method.rank, method.alpha, method.update_proj_gap)
+        assert published.split(" ")[0] in show_recipe(name)
+
+
+def test_documents_are_short_and_defaults_are_true() -> None:
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) < 300 for path in DOCUMENTS)
+    assert TRAINER_DEFAULTS["lr_scheduler_type"] == "cosine_with_min_lr"
+    assert TRAINER_DEFAULTS["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
