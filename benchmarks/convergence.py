@@ -47,12 +47,6 @@ VARIANTS = [
     Variant("fira, alpha_on update", "fira", HIGH, PROJECTED | {"alpha_on": "update"}),
     Variant("fira, rotate_moments", "fira", LOW, PROJECTED | {"rotate_moments": True}),
     Variant("apollo", "apollo", MIDDLE, PROJECTED | {"alpha": 1.0, "basis": "random"}),
-    Variant(
-        "apollo, tensor, rank 1",
-        "apollo",
-        MIDDLE,
-        PROJECTED | {"rank": 1, "alpha": 128.0, "basis": "random", "scaling": "tensor"},
-    ),
 ]
 
 
@@ -153,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="training text, as data.name")
     parser.add_argument("--validation", type=Path, required=True, help="validation text, as data.validation")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of a run")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 128 tokens per step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])

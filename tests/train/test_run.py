@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fullrank import METHODS, CheckpointError, ConfigError, TrainingError
+from fullrank import METHODS, Built, CheckpointError, ConfigError, TrainingError
 from fullrank.train import checkpoint
 from fullrank.train.data import load_data, load_tokenizer
 from fullrank.train.report import read_metrics
@@ -215,3 +216,41 @@ def test_the_saved_model_and_tokenizer_generate(finished: Any) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     output = model.generate(**tokenizer("low rank", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(output[0]).startswith("low rank")
+
+
+def test_gradient_checkpointing_changes_nothing(text: Path, finished: Any, tmp_path: Path) -> None:
+    pretrain(resolve(recipe(text, tmp_path / "run", gradient_checkpointing=True)))
+    plain = [row["loss"] for row in read_metrics(finished("fira")) if "loss" in row]
+    checkpointed = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert checkpointed == pytest.approx(plain, rel=1e-4)
+
+
+def test_half_precision_weights_train(text: Path, tmp_path: Path) -> None:
+    content = recipe(text, tmp_path / "run")
+    content["model"]["dtype"] = "bfloat16"
+    result = pretrain(resolve(content))
+    assert result is not None
+    assert result["perplexity"] < 0.8 * result["perplexity_before"]
+
+
+def test_the_trainer_reports_where_it_is_told_to(text: Path, tmp_path: Path) -> None:
+    pretrain(resolve(recipe(text, tmp_path / "run", max_steps=2, report_to="tensorboard")))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_a_method_can_act_after_a_step_and_bend_the_schedule(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the contract of a method: ``after_step`` and ``lr_scale``, functions of the step number."""
+    acted: list[int] = []
+
+    def build(model: torch.nn.Module, config: Any) -> Built:
+        optimizer = METHODS["full"].build(model, config).optimizer
+        return Built(optimizer, after_step=acted.append, lr_scale=lambda n: 0.5 if n >= 3 else 1.0)
+
+    monkeypatch.setitem(METHODS, "full", dataclasses.replace(METHODS["full"], build=build))
+    content = recipe(text, tmp_path / "run", "full", max_steps=5, lr_scheduler_type="constant")
+    pretrain(resolve(content))
+    assert acted == [1, 2, 3, 4, 5]
+    rates = [row["lr"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert rates == pytest.approx([0.003, 0.003, 0.003, 0.0015, 0.0015])

@@ -1,0 +1,29 @@
+"""The examples run as they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str) -> str:
+    done = subprocess.run([sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_plain_torch_learns_digits_with_a_tenth_of_the_state() -> None:
+    found = re.findall(r"accuracy ([\d.]+)%, optimizer state ([\d,]+) bytes", run("plain_torch.py"))
+    (fira, fira_bytes), (adam, adam_bytes) = [(float(a), int(b.replace(",", ""))) for a, b in found]
+    assert fira > 94.0
+    assert fira > adam - 3.0
+    assert fira_bytes * 9 < adam_bytes
+
+
+def test_hf_trainer_resumes_to_the_same_weights() -> None:
+    first, second = re.findall(r"weights sum to ([-\d.]+) after 60 steps", run("hf_trainer.py"))
+    assert first == second
