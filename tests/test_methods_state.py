@@ -162,6 +162,12 @@ def test_state_is_the_spec_after_one_step(case: OptimizerCase, state_dtype: str 
         for _, weight, group in optimizer.named_trainable():
             held = {key: (tuple(value.shape), value.dtype) for key, value in optimizer.state[weight].items()}
             assert held == optimizer.state_spec(weight, group)
+            projected = group["rank"] is not None and weight.ndim >= 2
+            working = torch.promote_types(dtype, torch.float32)
+            moment = working if working == torch.float64 else getattr(torch, state_dtype or "", dtype)
+            expected = dict.fromkeys(("basis", "basis_left", "limiter_norm"), working) | {"step": torch.float32}
+            for key, (_, found) in held.items():
+                assert found == expected.get(key, moment if projected else dtype), key
     assert optimizer.planned_state_bytes() == held_state_bytes(optimizer)
 
 

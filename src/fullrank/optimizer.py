@@ -8,7 +8,7 @@ checks a checkpoint before it is loaded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,13 @@ class MethodOptimizer(torch.optim.Optimizer):
     before the step.
     """
 
+    structural: Sequence[str] = ("method",)
+    """Group options that decide what the state is; a loaded state must agree in them."""
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        check_adam_options(defaults)
-        super().__init__(params, defaults)
+        # torch writes the defaults into the groups it is given: copies keep the caller's for another optimizer.
+        groups = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
+        super().__init__(groups, {"method": type(self).__name__, **defaults})
 
     @abstractmethod
     def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
@@ -40,6 +44,21 @@ class MethodOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def step_group(self, group: dict[str, Any], number: int) -> None:
         """Step the parameters of group ``number`` that have a gradient; these have their state."""
+
+    def option_problems(self, group: dict[str, Any]) -> list[str]:
+        """What is wrong with the options of a group, one sentence each."""
+        return adam_problems(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group whose options are in order, or none at all.
+
+        Raises:
+            ConfigError: Lists every option of the wrong type or out of bounds.
+        """
+        super().add_param_group(param_group)
+        if problems := self.option_problems(self.param_groups[-1]):
+            self.param_groups.pop()
+            raise ConfigError(" ".join(problems))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -55,10 +74,11 @@ class MethodOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._prepare(parameter, group)
+        for number, group in enumerate(self.param_groups):
             self.step_group(group, number)
         return loss
 
@@ -117,12 +137,26 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def _pair(self, state_dict: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
         """Each saved state with the parameter and the group that it belongs to."""
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 if index in state_dict["state"]:
                     yield state_dict["state"][index], parameter, group
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != sizes:
+            raise CheckpointError(
+                f"this state is for parameter groups of {saved_sizes} parameters, this {type(self).__name__} has "
+                f"{sizes}. Build the model and the groups as they were when it was saved."
+            )
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key in self.structural:
+                if key not in saved_group or saved_group[key] != group[key]:
+                    raise CheckpointError(
+                        f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
+                        f"{group[key]!r}. Build the optimizer with the options it was saved with."
+                    )
         for saved, parameter, group in self._pair(state_dict):
             expected = self.state_spec(parameter, group)
             found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
@@ -130,21 +164,32 @@ class MethodOptimizer(torch.optim.Optimizer):
                 raise CheckpointError(
                     f"this state does not belong to this {type(self).__name__}: for a parameter of shape "
                     f"{tuple(parameter.shape)} it holds {_show(found, saved)}, expected {_show(expected, expected)}. "
-                    "Build the optimizer with the method, rank, proj_type and state_dtype it was saved with."
+                    "Build the model and the optimizer as they were when it was saved."
                 )
 
 
-def check_adam_options(options: dict[str, Any]) -> None:
-    """Raise one ConfigError that lists every learning rate, beta, epsilon or decay out of bounds."""
-    problems = []
-    for key in ("lr", "eps", "weight_decay"):
-        if not options[key] >= 0.0:
-            problems.append(f"{key} must be at least 0, got {options[key]!r}.")
-    betas = options["betas"] if "betas" in options else (options["beta"],)
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        problems.append(f"betas must be at least 0 and below 1, got {betas!r}.")
-    if problems:
-        raise ConfigError(" ".join(problems))
+def is_number(value: Any) -> bool:
+    """Whether an option is a number (a 0-d tensor passes, True does not)."""
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+
+
+def adam_problems(group: dict[str, Any]) -> list[str]:
+    """What is wrong with learning rate, betas, epsilon and weight decay, one sentence each."""
+    problems = [
+        f"{key} must be a number, at least 0, got {group[key]!r}."
+        for key in ("lr", "eps", "weight_decay")
+        if not (is_number(group[key]) and float(group[key]) >= 0.0)
+    ]
+    betas = group["betas"] if "betas" in group else (group["beta"],)
+    count = 2 if "betas" in group else 1
+    if (
+        not isinstance(betas, tuple | list)
+        or len(betas) != count
+        or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas)
+    ):
+        noun = "betas must be two numbers" if count == 2 else "beta must be a number"
+        problems.append(f"{noun}, at least 0 and below 1, got {betas!r}.")
+    return problems
 
 
 def _show(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], everything: dict[str, Any]) -> str:

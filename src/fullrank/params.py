@@ -75,8 +75,9 @@ def divide_params(
         ConfigError: If a pattern matches no weight, or the rank is out of bounds for a matched one.
     """
     projected, plain = match_parameters(model, target_modules_list, min_ndim=2)
-    for name, parameter in projected.items():
-        check_rank(rank, tuple(parameter.shape), name)
+    problems = [p for name, weight in projected.items() for p in rank_problems(rank, tuple(weight.shape), name)]
+    if problems:
+        raise ConfigError(problems[0])
     return [
         {"params": list(plain.values()), "param_names": list(plain)},
         {
@@ -90,17 +91,18 @@ def divide_params(
     ]
 
 
-def check_rank(rank: int, shape: Sequence[int], name: str) -> None:
-    """Raise ConfigError unless 1 <= rank <= the short side of the weight seen as a matrix."""
+def rank_problems(rank: Any, shape: Sequence[int], name: str) -> list[str]:
+    """What is wrong with a rank for a weight seen as a matrix: it must be 1 to the short side."""
     columns = 1
     for size in shape[1:]:
         columns *= size
     short = min(shape[0], columns)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= short:
-        raise ConfigError(
-            f"rank must be between 1 and {short} (the short side of {name}, {shape[0]} x {columns}), got {rank!r}. "
-            "Lower rank, or leave that module out of the targets."
-        )
+    if not isinstance(rank, bool) and isinstance(rank, int) and 1 <= rank <= short:
+        return []
+    return [
+        f"rank must be between 1 and {short} (the short side of {name}, {shape[0]} x {columns}), got {rank!r}. "
+        "Lower rank, or leave that module out of the targets."
+    ]
 
 
 def _no_match(pattern: str, names: list[str], min_ndim: int) -> str:

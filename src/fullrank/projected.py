@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fullrank.errors import ConfigError
 from fullrank.ops import adam, lowrank, subspace
-from fullrank.optimizer import MethodOptimizer, StateSpec
-from fullrank.params import check_rank
+from fullrank.optimizer import MethodOptimizer, StateSpec, is_number
+from fullrank.params import rank_problems
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,14 @@ class MatrixStep:
 class ProjectedOptimizer(MethodOptimizer):
     """Projects the gradients of groups with a ``rank``; subclasses say what becomes of them."""
 
+    structural = ("method", "rank", "proj_type", "state_dtype")
+
     moments: Sequence[str]
     """State keys of the low-rank (or plain) moments, in the order of ``direction_``."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if isinstance(defaults["state_dtype"], torch.dtype):
+            defaults["state_dtype"] = str(defaults["state_dtype"]).removeprefix("torch.")
         super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             warnings.warn(
@@ -86,8 +90,15 @@ class ProjectedOptimizer(MethodOptimizer):
         """The method: change ``matrix.weight`` in place."""
 
     def option_problems(self, group: dict[str, Any]) -> list[str]:
-        """What is wrong with the options of a projected group, one sentence each."""
-        return projection_problems(group)
+        """What is wrong with the options of a group, one sentence each."""
+        problems = super().option_problems(group)
+        if group["rank"] is None:
+            return problems
+        problems += projection_problems(group)
+        for name, parameter, owner in self.named_trainable():
+            if owner is group and parameter.ndim >= 2:
+                problems += rank_problems(group["rank"], tuple(parameter.shape), name)
+        return problems
 
     def random_basis(self, size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
         """The basis of ``basis="random"``."""
@@ -106,29 +117,20 @@ class ProjectedOptimizer(MethodOptimizer):
             if "alpha" in param_group:
                 raise ConfigError("a parameter group has both alpha and scale, two names of one option. Keep alpha.")
             param_group["alpha"] = param_group.pop("scale")
+        if isinstance(param_group.get("state_dtype"), torch.dtype):
+            param_group["state_dtype"] = str(param_group["state_dtype"]).removeprefix("torch.")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if isinstance(group["state_dtype"], torch.dtype):
-            group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-        if group["rank"] is not None:
-            try:
-                if problems := self.option_problems(group):
-                    raise ConfigError(" ".join(problems))
-                for name, parameter, owner in self.named_trainable():
-                    if owner is group and parameter.ndim >= 2:
-                        check_rank(group["rank"], tuple(parameter.shape), name)
-            except ConfigError:
-                self.param_groups.pop()
-                raise
 
     def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
         """Low-rank moments in ``state_dtype``, basis and limiter in float32 (float64 for float64 weights).
 
-        A plain parameter's moments have its own dtype, as in ``torch.optim.AdamW``.
+        A plain parameter's moments have its own dtype, as in ``torch.optim.AdamW``, but for float16:
+        squares of gradients vanish there, so they are float32.
         """
         spec: StateSpec = {"step": ((), torch.float32)}
         if not is_projected(parameter, group):
-            return spec | dict.fromkeys(self.moments, (tuple(parameter.shape), parameter.dtype))
+            plain = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+            return spec | dict.fromkeys(self.moments, (tuple(parameter.shape), plain))
         working = torch.promote_types(parameter.dtype, torch.float32)
         moment = parameter.dtype if group["state_dtype"] is None else STATE_DTYPES[group["state_dtype"]]
         if parameter.dtype == torch.float64:
@@ -278,8 +280,9 @@ class ProjectedRMSprop(ProjectedOptimizer):
         for parameter in parameters:
             square_avg = self.state[parameter]["square_avg"]
             assert parameter.grad is not None
-            direction = adam.rmsprop_direction_(square_avg, parameter.grad, beta=group["beta"], eps=group["eps"])
-            parameter.add_(direction, alpha=-float(group["lr"]))
+            grad = parameter.grad.to(square_avg.dtype)
+            direction = adam.rmsprop_direction_(square_avg, grad, beta=group["beta"], eps=group["eps"])
+            parameter.add_(direction.to(parameter.dtype), alpha=-float(group["lr"]))
         adam.decay_(parameters, lr=float(group["lr"]), weight_decay=group["weight_decay"])
 
 
@@ -311,17 +314,17 @@ def projection_problems(group: dict[str, Any]) -> list[str]:
     gap, alpha = group["update_proj_gap"], group["alpha"]
     if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
         problems.append(f"update_proj_gap must be a whole number of optimizer steps, at least 1, got {gap!r}.")
-    if not 0.0 < alpha < float("inf"):
-        problems.append(f"alpha must be above 0 and finite, got {alpha!r}.")
+    if not (is_number(alpha) and 0.0 < alpha < math.inf):
+        problems.append(f"alpha must be a number above 0 and finite, got {alpha!r}.")
     if group["proj_type"] not in subspace.PROJ_TYPES:
         problems.append(f"proj_type must be one of {', '.join(subspace.PROJ_TYPES)}, got {group['proj_type']!r}.")
     if group["basis"] not in BASES:
         problems.append(f"basis must be one of {', '.join(BASES)}, got {group['basis']!r}.")
-    if group["state_dtype"] is not None and group["state_dtype"] not in STATE_DTYPES:
+    if group["state_dtype"] not in (*STATE_DTYPES, None):
         problems.append(f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None, got {group['state_dtype']!r}.")
     gamma, floor = group.get("limiter_gamma"), group.get("limiter_floor", 0.0)
-    if gamma is not None and not gamma >= 1.0:
-        problems.append(f"limiter_gamma must be at least 1, or None for no limiter, got {gamma!r}.")
-    if not 0.0 <= floor < float("inf"):
-        problems.append(f"limiter_floor must be at least 0 and finite, got {floor!r}.")
+    if gamma is not None and not (is_number(gamma) and gamma >= 1.0):
+        problems.append(f"limiter_gamma must be a number, at least 1, or None for no limiter, got {gamma!r}.")
+    if not (is_number(floor) and 0.0 <= floor < math.inf):
+        problems.append(f"limiter_floor must be a number, at least 0 and finite, got {floor!r}.")
     return problems

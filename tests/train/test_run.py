@@ -243,12 +243,13 @@ def test_a_method_can_act_after_a_step_and_bend_the_schedule(
 ) -> None:
     """The rest of the contract of a method: ``after_step`` and ``lr_scale``, functions of the step number."""
     acted: list[int] = []
+    full = METHODS["full"]
 
     def build(model: torch.nn.Module, config: Any) -> Built:
-        optimizer = METHODS["full"].build(model, config).optimizer
+        optimizer = full.build(model, config).optimizer
         return Built(optimizer, after_step=acted.append, lr_scale=lambda n: 0.5 if n >= 3 else 1.0)
 
-    monkeypatch.setitem(METHODS, "full", dataclasses.replace(METHODS["full"], build=build))
+    monkeypatch.setitem(METHODS, "full", dataclasses.replace(full, build=build))
     content = recipe(text, tmp_path / "run", "full", max_steps=5, lr_scheduler_type="constant")
     pretrain(resolve(content))
     assert acted == [1, 2, 3, 4, 5]

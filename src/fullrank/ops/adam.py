@@ -49,11 +49,11 @@ def adamw_(
     weight_decay: float,
     correct_bias: bool,
 ) -> None:
-    """One AdamW step on every tensor of the lists; weights and moments (of one dtype) change in place.
+    """One AdamW step on every tensor of the lists; weights and moments change in place.
 
     torch's fused kernel does the work where it can. It divides by sqrt(v / c2) + eps, so it is given
     eps / sqrt(c2), which is the same direction as m / (sqrt(v) + eps) with both corrections in the
-    step size. It always corrects the bias and walks memory in order: other cases go tensor by tensor.
+    step size. It always corrects the bias, wants one dtype and walks memory in order: other cases go tensor by tensor.
     """
     if correct_bias and all(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs)):
         adamw(
@@ -75,8 +75,8 @@ def adamw_(
     else:
         step_size = adam_step_size(lr, betas, step, correct_bias=correct_bias)
         for weight, grad, exp_avg, exp_avg_sq in zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True):
-            direction = adam_direction_(exp_avg, exp_avg_sq, grad, betas=betas, eps=eps)
-            weight.add_(direction, alpha=-step_size)
+            direction = adam_direction_(exp_avg, exp_avg_sq, grad.to(exp_avg.dtype), betas=betas, eps=eps)
+            weight.add_(direction.to(weight.dtype), alpha=-step_size)
     decay_(weights, lr=lr, weight_decay=weight_decay)
 
 

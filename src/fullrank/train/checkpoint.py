@@ -16,7 +16,7 @@ from typing import Any
 
 from fullrank.errors import CheckpointError
 from fullrank.train.config import RunConfig
-from fullrank.train.report import versions
+from fullrank.train.report import num_processes, versions
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,23 @@ SCHEDULE = (
     "gradient_accumulation_steps",
     "per_device_train_batch_size",
     "max_grad_norm",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
 )
-"""Fields of the trainer section that do, too."""
+"""Fields of the trainer section that do, too, and intervals, which the Trainer reads from the checkpoint."""
 
 
 def write_marker(checkpoint: Path, config: RunConfig) -> None:
     """Declare a checkpoint complete; called when all its other files are written."""
     files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != MARKER}
-    content = {"format": FORMAT, "config": config.to_dict(), "files": files, "versions": versions()}
+    content = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "processes": num_processes(),
+        "files": files,
+        "versions": versions(),
+    }
     write_json(checkpoint / MARKER, content)
 
 
@@ -102,12 +111,15 @@ def verify(checkpoint: Path, config: RunConfig) -> None:
     """
     if damage := find_damage(checkpoint):
         raise CheckpointError(f"{checkpoint} cannot be used: {damage}. Choose an earlier checkpoint of the run.")
-    saved = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["config"]
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    saved = marker["config"]
     # Through JSON, so that both sides have the same kinds of values.
     now = json.loads(json.dumps(config.to_dict()))
     differences = [line for key in DEFINING for line in _differences(key, saved.get(key), now[key])]
     for key in SCHEDULE:
         differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
+    if not config.trainer.get("total_batch_size"):  # else the batch is the same whatever the number of processes
+        differences += _differences("the number of processes", marker["processes"], num_processes())
     if differences:
         raise CheckpointError(
             f"{checkpoint} belongs to another run: {'; '.join(differences)}. Resume with the settings it was saved "

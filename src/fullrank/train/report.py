@@ -32,8 +32,13 @@ def hardware() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": num_processes(),
     }
+
+
+def num_processes() -> int:
+    """Processes that train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -147,11 +147,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _switch_method(base: dict[str, Any], name: str, *, keep_lr: bool) -> dict[str, Any]:
-    """A recipe's settings for another method: what both methods have, save the learning rate, stays."""
-    options = {f"method.{field.name}" for field in fields(METHODS[name].config)}
-    dropped = [key for key in base if key.startswith("method.") and key not in options | {"method.name"}]
-    if not keep_lr and "method.lr" in base:
-        dropped.append("method.lr")
+    """A recipe's settings for another method: an option stays if it means the same to both.
+
+    That is, if both have it with the same default; a learning rate belongs to its method always.
+    """
+    old, new = (METHODS[method].config() for method in (base["method.name"], name))
+    alike = {"name", *(f.name for f in fields(new) if getattr(old, f.name, None) == getattr(new, f.name))}
+    alike = alike | {"lr"} if keep_lr else alike - {"lr"}
+    dropped = [key for key in base if key.startswith("method.") and key.removeprefix("method.") not in alike]
     if dropped:
         logger.warning(
             "method.name is %s, not the recipe's %s: its %s left out", name, base["method.name"], ", ".join(dropped)
@@ -181,8 +184,9 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
         section, _, name = key.partition(".")
         if name:
             sections[section][name] = value
-    if "trainer.lr_scheduler_type" in values and "trainer.lr_scheduler_kwargs" not in values:
-        sections["trainer"]["lr_scheduler_kwargs"] = {}
+    trainer = sections["trainer"]
+    if trainer["lr_scheduler_type"] != TRAINER_DEFAULTS["lr_scheduler_type"]:
+        trainer["lr_scheduler_kwargs"] = values.get("trainer.lr_scheduler_kwargs") or {}  # the default's are its own
     problems += _contradictions(sections["trainer"], streaming=bool(sections["data"].get("streaming")))
     if problems:
         raise ConfigError("\n".join(problems))

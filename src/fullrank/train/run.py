@@ -91,7 +91,7 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
 def find_folder(config: RunConfig, *, resume: bool) -> Path:
     """The run folder: the one asked for, or the first free ``runs/<method>-N``; nothing is made yet."""
     if config.output_dir is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if report.num_processes() > 1:
             raise ConfigError("output_dir must be given when several processes run together. Add --output_dir DIR.")
         number = 1
         while (folder := Path("runs") / f"{config.method_name}-{number}").exists():
