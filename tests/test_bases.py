@@ -51,7 +51,7 @@ def projector(side: Tensor) -> Tensor:
 def test_svd_spans_the_leading_singular_vectors(method: str, shape: str, proj_type: str) -> None:
     """At steps 0, gap and 2 gap the subspace is the exact one of that very step's gradient."""
     gradients = make_gradients(SHAPES[shape], STEPS)
-    bases = bases_of_a_run(OPTIMIZERS[method], shape, gradients, proj_type=proj_type)
+    bases = bases_of_a_run(OPTIMIZERS[method], shape, gradients, proj_type=proj_type, basis="svd")
     for number, found in enumerate(bases):
         refreshed = number - number % GAP
         wanted = svd_basis(gradients[refreshed].reshape(SHAPES[shape][0], -1), RANK, proj_type)

@@ -158,7 +158,7 @@ def test_residual_forms_agree_at_the_switch(dtype: torch.dtype, alpha_on: str, a
     for rank in (side // 2 - 1, side // 2, side // 2 + 1):
         options: dict[str, Any] = {"lr": 1e-2, "rank": rank, "alpha": alpha, "alpha_on": alpha_on}
         parameters, copies = as_parameters([make_weight(SHAPES["tall"])], dtype)
-        optimizer = FiraAdamW(parameters, **options)
+        optimizer = FiraAdamW(parameters, basis="svd", **options)
         reference = Fira(copies, **reference_options(options))
         for gradient in make_gradients(SHAPES["tall"], STEPS, dtype=dtype):
             set_gradients(parameters, [gradient])

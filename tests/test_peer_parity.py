@@ -92,14 +92,15 @@ class Injection:
 
 
 def projected(parameter: nn.Parameter, gap: int, **keys: Any) -> list[dict[str, Any]]:
-    return [{"params": [parameter], "rank": RANK, "update_proj_gap": gap, **keys}]
+    """One group for both sides; the packages do not read ``basis``, which they take from an SVD always."""
+    return [{"params": [parameter], "rank": RANK, "update_proj_gap": gap, "basis": "svd", **keys}]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 @pytest.mark.parametrize("shape", MATRICES)
 def test_fira_before_the_first_refresh(shape: str, alpha: float, weight_decay: float) -> None:
-    """Against the package fira with the very same arguments and group keys."""
+    """Against the package fira with the same arguments and group keys, and an exact basis."""
     peer = package("fira").FiraAdamW
     options = SAME_OPTIONS | QUIET | {"weight_decay": weight_decay}
 
@@ -227,6 +228,7 @@ def test_fira_drop_in_training() -> None:
         model = small_model()
         with contextlib.redirect_stdout(io.StringIO()):
             groups = divide(model, target_modules_list=["attn", "mlp"], rank=4, update_proj_gap=50, alpha=0.25)
+        groups[1]["basis"] = "svd"  # theirs knows no other
         optimizer = kind(groups, lr=0.01, no_deprecation_warning=True)
         for _ in range(10):
             optimizer.zero_grad()
