@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 BASES = ("svd", "power", "random")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +167,8 @@ class ProjectedOptimizer(MethodOptimizer):
         weight = subspace.oriented(matrix, group["proj_type"])
         grad = subspace.oriented(subspace.as_matrix(parameter.grad), group["proj_type"])
         done = int(state["step"])
-        if refresh_due(done, group["update_proj_gap"], index=place[1] if group["stagger_refresh"] else 0):
-            self._refresh_(state, grad, group, seed=mix_seed(group["seed"], *place, done))
+        if subspace.refresh_due(done, group["update_proj_gap"], index=place[1] if group["stagger_refresh"] else 0):
+            self._refresh_(state, grad, group, seed=subspace.mix_seed(group["seed"], *place, done))
         low = subspace.project(grad, state["basis"], state.get("basis_left"))
         direction = self.direction_(low.to(state[self.moments[0]].dtype), state, group).to(low.dtype)
         step = int(state["step"].add_(1))
@@ -199,7 +198,7 @@ class ProjectedOptimizer(MethodOptimizer):
             sides["basis_left"] = grad_MN.t()
         for number, (key, side) in enumerate(sides.items()):
             old = state[key]
-            new = self._new_basis(side, old, group, first=first, seed=mix_seed(seed, number))
+            new = self._new_basis(side, old, group, first=first, seed=subspace.mix_seed(seed, number))
             if group["rotate_moments"] and not first:
                 for name in self.moments:
                     subspace.rotate_(state[name], old, new, squared=name != "exp_avg", left=key == "basis_left")
@@ -289,23 +288,6 @@ class ProjectedRMSprop(ProjectedOptimizer):
 def is_projected(parameter: Tensor, group: dict[str, Any]) -> bool:
     """Whether this group projects this parameter: a group with a rank, two or more dimensions."""
     return group["rank"] is not None and parameter.ndim >= 2
-
-
-def refresh_due(done: int, gap: int, *, index: int = 0) -> bool:
-    """Whether the basis is renewed before step ``done + 1``: at the first step, then every ``gap``.
-
-    A matrix with ``index`` > 0 renews out of phase, spread evenly over the gap by the golden ratio.
-    """
-    offset = int(gap * (index * GOLDEN_RATIO % 1.0))
-    return done == 0 or (done + offset) % gap == 0
-
-
-def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several whole numbers; the same everywhere."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
-    return seed
 
 
 def projection_problems(group: dict[str, Any]) -> list[str]:

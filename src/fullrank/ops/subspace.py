@@ -15,6 +15,8 @@ from torch import Tensor
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 """GaLore's names for the projected side: short, long, columns, rows, both."""
 
+GOLDEN_RATIO = 0.6180339887498949
+
 FIRST_POWER_ITERATIONS = 3
 """Iterations that find a first basis from random directions; a warm start needs one."""
 
@@ -104,6 +106,23 @@ def rotate_(moment: Tensor, old: Tensor, new: Tensor, *, squared: bool, left: bo
     if squared:
         turn_rr = turn_rr.square()
     moment.copy_(turn_rr.t() @ moment if left else moment @ turn_rr)
+
+
+def refresh_due(done: int, gap: int, *, index: int = 0) -> bool:
+    """Whether the basis is renewed before step ``done + 1``: at the first step, then every ``gap``.
+
+    A matrix with ``index`` > 0 renews out of phase, spread evenly over the gap by the golden ratio.
+    """
+    offset = int(gap * (index * GOLDEN_RATIO % 1.0))
+    return done == 0 or (done + offset) % gap == 0
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several whole numbers; the same everywhere."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
+    return seed
 
 
 def _in_working_dtype(tensor: Tensor) -> Tensor:
