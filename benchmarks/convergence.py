@@ -41,6 +41,7 @@ HIGH = (5e-3, 1e-2, 2e-2)
 VARIANTS = [
     Variant("full", "full", (1e-3, 2e-3, 4e-3)),
     Variant("full, matrices at lr / 4", "full", MIDDLE, {"matrix_lr_scale": 0.25}),
+    Variant("full, matrices at lr / 4, eps 1e-6", "full", MIDDLE, {"matrix_lr_scale": 0.25, "eps": 1e-6}),
     Variant("galore", "galore", HIGH, PROJECTED),
     Variant("fira", "fira", LOW, PROJECTED),
     Variant("fira, svd", "fira", LOW, PROJECTED | {"basis": "svd"}),
