@@ -159,7 +159,7 @@ def test_state_is_the_spec_after_one_step(case: OptimizerCase, state_dtype: str 
     assert isinstance(optimizer, MethodOptimizer)
     for steps in (range(1), range(1, 8)):
         train(model, optimizer, steps)
-        for _, weight, group in optimizer.named_trainable():
+        for _, weight, group in optimizer.named():
             held = {key: (tuple(value.shape), value.dtype) for key, value in optimizer.state[weight].items()}
             assert held == optimizer.state_spec(weight, group)
             projected = group["rank"] is not None and weight.ndim >= 2

@@ -7,6 +7,8 @@ checks a checkpoint before it is loaded.
 
 from __future__ import annotations
 
+import difflib
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -56,6 +58,12 @@ class MethodOptimizer(torch.optim.Optimizer):
             ConfigError: Lists every option of the wrong type or out of bounds.
         """
         super().add_param_group(param_group)
+        for key in self.param_groups[-1].keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}:
+            near = difflib.get_close_matches(key, self.defaults, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            warnings.warn(
+                f"option {key!r} of a parameter group has no effect in {type(self).__name__}.{hint}", stacklevel=2
+            )
         if problems := self.option_problems(self.param_groups[-1]):
             self.param_groups.pop()
             raise ConfigError(" ".join(problems))
@@ -98,19 +106,19 @@ class MethodOptimizer(torch.optim.Optimizer):
                 device = "cpu" if key == "step" else parameter.device
                 state[key] = torch.zeros(shape, dtype=dtype, device=device)
 
-    def named_trainable(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Name (or position), parameter and group of everything this optimizer may train."""
+    def named(self, *, trainable: bool = True) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Name (or position), parameter and group of everything this optimizer trains, or of all it was given."""
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"group {number}, parameter {i}" for i in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=True):
-                if parameter.requires_grad:
+                if parameter.requires_grad or not trainable:
                     yield name, parameter, group
 
     def planned_state_bytes(self) -> int:
         """Bytes of state once every trainable parameter has had a gradient; works on the meta device."""
         return sum(
             torch.Size(shape).numel() * dtype.itemsize
-            for _, parameter, group in self.named_trainable()
+            for _, parameter, group in self.named()
             for shape, dtype in self.state_spec(parameter, group).values()
         )
 
@@ -143,6 +151,11 @@ class MethodOptimizer(torch.optim.Optimizer):
                     yield state_dict["state"][index], parameter, group
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise CheckpointError(
+                f"this is not an optimizer's state: it holds {sorted(map(str, state_dict))}, expected state and "
+                "param_groups. Load what optimizer.state_dict() returned."
+            )
         saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         sizes = [len(group["params"]) for group in self.param_groups]
         if saved_sizes != sizes:

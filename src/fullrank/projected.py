@@ -94,7 +94,7 @@ class ProjectedOptimizer(MethodOptimizer):
         if group["rank"] is None:
             return problems
         problems += projection_problems(group)
-        for name, parameter, owner in self.named_trainable():
+        for name, parameter, owner in self.named(trainable=False):
             if owner is group and parameter.ndim >= 2:
                 problems += rank_problems(group["rank"], tuple(parameter.shape), name)
         return problems
@@ -112,6 +112,7 @@ class ProjectedOptimizer(MethodOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; checks the options of a projected one and takes ``scale`` as GaLore's name of alpha."""
+        param_group = dict(param_group)
         if "scale" in param_group:
             if "alpha" in param_group:
                 raise ConfigError("a parameter group has both alpha and scale, two names of one option. Keep alpha.")
@@ -217,7 +218,7 @@ class ProjectedOptimizer(MethodOptimizer):
 
     def describe(self) -> str:
         """One line: how many matrices are projected, their share, and bytes of state against AdamW's."""
-        trainable = list(self.named_trainable())
+        trainable = list(self.named())
         matrices = [(parameter, group) for _, parameter, group in trainable if is_projected(parameter, group)]
         ranks = sorted({group["rank"] for _, group in matrices})
         total = sum(parameter.numel() for _, parameter, _ in trainable)
@@ -304,6 +305,9 @@ def projection_problems(group: dict[str, Any]) -> list[str]:
         problems.append(f"basis must be one of {', '.join(BASES)}, got {group['basis']!r}.")
     if group["state_dtype"] not in (*STATE_DTYPES, None):
         problems.append(f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None, got {group['state_dtype']!r}.")
+    for key, kind in (("rotate_moments", bool), ("stagger_refresh", bool), ("seed", int)):
+        if not isinstance(group[key], kind):
+            problems.append(f"{key} must be of type {kind.__name__}, got {group[key]!r}.")
     gamma, floor = group.get("limiter_gamma"), group.get("limiter_floor", 0.0)
     if gamma is not None and not (is_number(gamma) and gamma >= 1.0):
         problems.append(f"limiter_gamma must be a number, at least 1, or None for no limiter, got {gamma!r}.")

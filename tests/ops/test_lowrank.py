@@ -129,7 +129,9 @@ LIMITER = [
     (8.0, 4.0, 4.0, 1.0, 8.0),  # the previous norm is not above the floor
     (8.0, 4.0, 3.9, 0.55, 4.4),
     (8.0, NAN, 0.0, 1.0, 8.0),  # a NaN remembered from a broken gradient limits nothing
-    (INF, 0.0, 0.0, 1.0, INF),
+    (INF, 0.0, 0.0, 1.0, 0.0),  # a norm that overflowed is not remembered,
+    (INF, 4.0, 0.0, 0.0, 4.0),  # and its update is dropped
+    (NAN, 4.0, 0.0, 0.0, 4.0),
 ]
 
 

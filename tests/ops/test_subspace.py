@@ -196,3 +196,17 @@ def test_rotating_into_the_same_basis_changes_nothing(dtype: torch.dtype) -> Non
     torch.testing.assert_close(moment, kept, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     subspace.rotate_(moment, both[:, :3], both[:, 3:], squared=False)
     assert moment.float().norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e20, torch.float32), (1e-25, torch.float32), (300.0, torch.float16), (1e-5, torch.float16)]
+)
+def test_power_iteration_at_extreme_scales(scale: float, dtype: torch.dtype) -> None:
+    """Neither overflow nor underflow of the squares costs the subspace."""
+    torch.manual_seed(0)
+    leading = torch.randn(128, 4) @ torch.randn(4, 64)
+    grad = ((leading / leading.abs().max() + 1e-3 * torch.randn(128, 64)) * scale).to(dtype)
+    start = subspace.random_basis(64, 4, seed=0)
+    basis = subspace.power_basis(grad, start, iterations=3)
+    kept = (grad.double() @ basis.double()).norm() / grad.double().norm()
+    assert kept > 0.99

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+LATE = float(1 << 40)
+"""A step so late that Adam's bias corrections are 1; a power of two, so that float32 holds it."""
+
 
 def adam_step_size(lr: float, betas: tuple[float, float], step: int, *, correct_bias: bool = True) -> float:
     """The learning rate times Adam's two bias corrections at optimizer step ``step`` (1, 2, ...)."""
@@ -24,7 +27,15 @@ def adam_step_size(lr: float, betas: tuple[float, float], step: int, *, correct_
 def adam_direction_(
     exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """Update both moments in place with ``grad`` and return m / (sqrt(v) + eps), all of one shape."""
+    """Update both moments in place with ``grad`` and return m / (sqrt(v) + eps), all of one shape.
+
+    torch's fused kernel does it in one pass where it can: one step of -1 from zero, so late that its
+    bias corrections are 1.
+    """
+    if _same_layout(grad, exp_avg, exp_avg_sq):
+        direction = torch.zeros_like(grad)
+        _fused_([direction], [grad], [exp_avg], [exp_avg_sq], lr=-1.0, betas=betas, eps=eps, step=LATE)
+        return direction
     exp_avg.lerp_(grad, 1.0 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
     return exp_avg / exp_avg_sq.sqrt().add_(eps)
@@ -51,27 +62,11 @@ def adamw_(
 ) -> None:
     """One AdamW step on every tensor of the lists; weights and moments change in place.
 
-    torch's fused kernel does the work where it can. It divides by sqrt(v / c2) + eps, so it is given
-    eps / sqrt(c2), which is the same direction as m / (sqrt(v) + eps) with both corrections in the
-    step size. It always corrects the bias, wants one dtype and walks memory in order: other cases go tensor by tensor.
+    torch's fused kernel does the work where it can: tensors of one dtype and layout.
     """
-    if correct_bias and all(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs)):
-        adamw(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            [torch.full((), step - 1.0, device=w.device) for w in weights],
-            fused=True,
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=0.0,
-            eps=eps / math.sqrt(1.0 - betas[1] ** step),
-            amsgrad=False,
-            maximize=False,
-        )
+    if all(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs)):
+        when = step if correct_bias else LATE
+        _fused_(weights, grads, exp_avgs, exp_avg_sqs, lr=lr, betas=betas, eps=eps, step=when)
     else:
         step_size = adam_step_size(lr, betas, step, correct_bias=correct_bias)
         for weight, grad, exp_avg, exp_avg_sq in zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True):
@@ -84,6 +79,39 @@ def decay_(weights: list[Tensor], *, lr: float, weight_decay: float) -> None:
     """Decoupled weight decay: multiply each weight by 1 - lr * weight_decay, in place."""
     if weight_decay and weights:
         torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
+
+
+def _fused_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: float,
+) -> None:
+    """Torch's fused kernel. It divides by sqrt(v / c2) + eps, so it is given eps / sqrt(c2).
+
+    That is the direction m / (sqrt(v) + eps) with both bias corrections in the step size.
+    """
+    adamw(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.full((), step - 1.0, device=weight.device) for weight in weights],  # the kernel counts first
+        fused=True,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps / math.sqrt(1.0 - betas[1] ** step),
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def _same_layout(weight: Tensor, *others: Tensor) -> bool:

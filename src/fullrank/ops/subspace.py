@@ -64,10 +64,16 @@ def power_basis(grad_MN: Tensor, start_Nr: Tensor, *, iterations: int = 1) -> Te
     One iteration costs two products with the gradient and one thin QR. Started at the last basis it
     follows a slowly turning subspace and averages over the gradients of several refreshes.
     """
+    if grad_MN.dtype == torch.float16:
+        grad_MN = grad_MN.float()  # its range holds neither the squares of small gradients nor those of large ones
     basis_Nr = start_Nr
     for _ in range(iterations):
         image_Mr = grad_MN @ basis_Nr.to(grad_MN.dtype)
-        basis_Nr = torch.linalg.qr(_in_working_dtype(grad_MN.t() @ image_Mr))[0]
+        # Only directions matter: scaled to 1, the second product cannot overflow or vanish before the gradient does.
+        image_Mr = image_Mr / image_Mr.abs().amax().clamp_min(torch.finfo(image_Mr.dtype).tiny)
+        square_Nr = _in_working_dtype(grad_MN.t() @ image_Mr)
+        largest = square_Nr.abs().amax().clamp_min(torch.finfo(square_Nr.dtype).tiny)
+        basis_Nr = torch.linalg.qr(square_Nr / largest)[0]
     return basis_Nr.contiguous()
 
 
