@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fullrank import __version__
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+
+if TYPE_CHECKING:
+    from fullrank.train.config import RunConfig
 
 USAGE = """\
 usage: fullrank COMMAND [OPTIONS]
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fullrank: {error.name} is missing. Install it: pip install 'fullrank[train]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("fullrank: stopped at once; what was saved before stays", file=sys.stderr)
         return 130
 
 
@@ -80,10 +85,10 @@ def pretrain(arguments: list[str]) -> int:
                 "--resume takes its configuration and folder from the run. Leave out --config, --output_dir."
             )
         overrides["output_dir"] = str(flags.resume)
-    if flags.help:
-        print_help(overrides.get("method.name", "fira"))
-        return 0
     config = resolve(recipe, overrides)
+    if flags.help:
+        print_help(config)
+        return 0
     if flags.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
@@ -138,17 +143,21 @@ def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str,
     return flags, overrides
 
 
-def print_help(method: str) -> None:
-    """Every field of a run with this method: meaning, unit, type, default."""
+def print_help(config: RunConfig) -> None:
+    """Every field of a run with this method: meaning, unit, type, and the value it would have."""
     from fullrank.methods import METHODS
-    from fullrank.train.resolve import build_parser, nearest
+    from fullrank.train.resolve import build_parser
 
-    if method not in METHODS:
-        raise ConfigError(f"method.name must be one of {', '.join(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
-    text = build_parser(method).format_help()
-    body = text[text.index("options:") :] if "options:" in text else text
-    print(PRETRAIN_USAGE.format(methods=", ".join(METHODS), method=method))
-    print(body)
+    parser = build_parser(config.method_name)
+    given = config.to_dict()
+    given["method"].pop("name")
+    parser.set_defaults({f"{s}.{key}": value for s in ("model", "data", "method") for key, value in given[s].items()})
+    text = parser.format_help()
+    # jsonargparse also lists a file for each section and a way to append to lists, which a run does not take.
+    text = re.sub(r"\n  --(model|data|method) CONFIG .*", "", text[text.index("The network") :])
+    text = re.sub(r", --[\w.]+\+ \w+", "", text)
+    print(PRETRAIN_USAGE.format(methods=", ".join(METHODS), method=config.method_name))
+    print(text)
 
 
 COMMANDS = {"pretrain": pretrain, "recipes": recipes}

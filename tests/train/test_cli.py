@@ -121,7 +121,7 @@ def test_every_error_is_said_at_once(capsys: pytest.CaptureFixture[str], tmp_pat
         "data.sequence_length = 'abc' has the wrong type",
         "unknown key trainer.max_step. Did you mean trainer.max_steps",
         "unknown key modle.name. Did you mean model.name",
-        "trainer.learning_rate has another place here. Set method.lr.",
+        "trainer.learning_rate cannot be set here. Set method.lr.",
         "trainer.save_total_limit must be at least 2, got 1",
     ):
         assert part in error
@@ -138,6 +138,17 @@ def test_every_error_is_said_at_once(capsys: pytest.CaptureFixture[str], tmp_pat
         (["pretrain", "rank"], "expected --section.field, got 'rank'"),
         (["pretrain", "--resume", "/nowhere"], "not a run folder"),
         (["recipes", "show", "fira"], "no packaged recipe 'fira'"),
+        (["pretrain", "--seed", "-1"], "seed must be between 0 and 4294967295, got -1"),
+        (["pretrain", "--trainer.max_steps", "0"], "must be above 0"),
+        (["pretrain", "--trainer.save_steps", "-1"], "trainer.save_steps must be above 0, got -1"),
+        (["pretrain", "--trainer.logging_steps", "0.5"], "trainer.logging_steps must be a whole number"),
+        (["pretrain", "--trainer.logging_strategy", "epoch"], "trainer.logging_strategy must be steps"),
+        (["pretrain", "--trainer.per_device_train_batch_size", "0"], "must be at least 1, got 0"),
+        (["pretrain", "--trainer.save_only_model", "true"], "cannot be resumed"),
+        (["pretrain", "--trainer.prediction_loss_only", "true"], "true token mean"),
+        (["pretrain", "--model.overrides.x", "["], "cannot be put into model.overrides"),
+        (["pretrain", "--output_dir", "/proc/nowhere/run"], "cannot be made"),
+        (["pretrain", "--output_dir", "/etc/hostname"], "is a file"),
     ],
 )
 def test_wrong_usage_names_the_remedy(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +162,9 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("--model.name", "--data.sequence_length", "(tokens)", "--method.rank", "optimizer steps", "--resume"):
         assert part in text
     assert "alpha_on" not in text, "an option of Fira, not of APOLLO"
+    assert "default: llama-20m" in text, "the value of the quickstart recipe, which the bare command runs"
+    assert "--model CONFIG" not in text
+    assert "+ TARGET_MODULES" not in text
 
 
 def test_print_config_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

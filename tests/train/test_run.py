@@ -140,9 +140,49 @@ def test_half_written_checkpoints_are_passed_over(finished: Any, tmp_path: Path)
     damaged = folder / "checkpoint-15" / "optimizer.pt"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     assert checkpoint.latest_checkpoint(folder).name == "checkpoint-10"
-    (folder / "checkpoint-10" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    for name in ("checkpoint-5", "checkpoint-10"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with pytest.raises(CheckpointError, match=r"every complete checkpoint .* optimizer\.pt has"):
         checkpoint.latest_checkpoint(folder)
+    shutil.rmtree(folder / "checkpoint-15")
+    assert checkpoint.latest_checkpoint(folder) is None, "the last one was never completed"
+
+
+def unfinished(whole: Path, folder: Path, *without: str) -> Path:
+    """A copy of a finished run as a kill would have left it."""
+    shutil.copytree(whole, folder)
+    for name in ("result.json", "model", *without):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+def test_killed_after_its_last_checkpoint(finished: Any, text: Path, tmp_path: Path) -> None:
+    folder = unfinished(finished("fira"), tmp_path / "run", "loss.png")
+    result = pretrain(resolve(recipe(text, folder)), resume=True)
+    assert result is not None
+    assert result["steps"] == 20
+    assert (
+        result["optimizer_state_bytes"]
+        == json.loads((finished("fira") / "result.json").read_text())["optimizer_state_bytes"]
+    )
+    assert_same_run(finished("fira"), folder)
+
+
+def test_killed_before_its_first_checkpoint(finished: Any, text: Path, tmp_path: Path) -> None:
+    every = [path.name for path in finished("fira").glob("checkpoint-*")]
+    folder = unfinished(finished("fira"), tmp_path / "run", *every)
+    pretrain(resolve(recipe(text, folder)), resume=True)
+    assert_same_run(finished("fira"), folder)
+
+
+def test_another_text_is_refused(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "documents.jsonl")
+    pretrain(resolve(recipe(text, tmp_path / "whole", max_steps=10)))
+    folder = unfinished(tmp_path / "whole", tmp_path / "run", "checkpoint-10")
+    write_text(text, seed=7)
+    with pytest.raises(CheckpointError, match=r"the text or the tokenizer .* has changed"):
+        pretrain(resolve(recipe(text, folder, max_steps=10)), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +194,8 @@ def test_half_written_checkpoints_are_passed_over(finished: Any, tmp_path: Path)
         ("data", "sequence_length", 16),
         ("trainer", "max_steps", 30),
         ("trainer", "per_device_train_batch_size", 2),
+        ("trainer", "label_smoothing_factor", 0.5),
+        ("trainer", "eval_steps", 20),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -182,6 +224,21 @@ def test_a_bad_rank_is_refused_before_anything_is_written(text: Path, tmp_path: 
     with pytest.raises(ConfigError, match=r"rank must be between 1 and 32 .*self_attn.*got 64"):
         pretrain(resolve(content))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_transformers_refuses_is_one_message(text: Path, tmp_path: Path) -> None:
+    for field, value in (("report_to", "nonsense"), ("lr_scheduler_type", "warmup_stable_decay")):
+        with pytest.raises(ConfigError, match="transformers refuses the trainer section"):
+            pretrain(resolve(recipe(text, tmp_path / "run", **{field: value})))
+
+
+def test_epochs_replace_the_steps_of_a_recipe(text: Path, tmp_path: Path) -> None:
+    content = recipe(text, tmp_path / "run")
+    config = resolve(content, {"trainer.num_train_epochs": "0.1"})
+    assert "max_steps" not in config.trainer
+    result = pretrain(config)
+    assert result is not None
+    assert 0 < result["steps"] < 20
 
 
 def test_a_lost_loss_ends_the_run(text: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class ApolloConfig(ProjectionConfig):
     scaling: Literal["channel", "tensor"] = "channel"
     """One factor per channel, or one for the whole matrix (Mini)."""
     limiter_gamma: float | None = 1.01
-    """Largest growth of the update's norm per optimizer step; none: no limit."""
+    """Largest growth of the update's norm per optimizer step; null: no limit."""
     limiter_floor: float = 1e-3
     """Root mean square of the update below which it may grow freely."""
 

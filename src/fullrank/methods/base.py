@@ -76,7 +76,7 @@ class ProjectionConfig(AdamConfig):
     stagger_refresh: bool = False
     """Spread the refreshes of the matrices over the gap, so that no step stands out."""
     state_dtype: Literal["float32", "bfloat16"] | None = "float32"
-    """Data type of the low-rank moments; none: that of the weights, which plain ones always have."""
+    """Data type of the low-rank moments; null: that of the weights, which plain ones always have."""
     seed: int = 0
     """Seed of random starting directions."""
 

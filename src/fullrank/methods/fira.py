@@ -220,7 +220,7 @@ class FiraConfig(ProjectionConfig):
     scaling: Literal["column", "matrix"] = "column"
     """One factor of the residual per column (section 4.1) or per matrix (ablation)."""
     limiter_gamma: float | None = 1.01
-    """Largest growth of the scaled residual's norm per optimizer step (gamma, section 4.2); none: no limit."""
+    """Largest growth of the scaled residual's norm per optimizer step (gamma, section 4.2); null: no limit."""
     limiter_floor: float = 1e-3
     """Root mean square of the scaled residual below which it may grow freely."""
 

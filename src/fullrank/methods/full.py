@@ -8,6 +8,7 @@ that a comparison can be fair, ``matrix_lr_scale`` gives full-rank training the 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from fullrank.errors import ConfigError
 from fullrank.methods.base import AdamConfig, Built, Method
+from fullrank.optimizer import adam_problems
 from fullrank.params import match_parameters
 
 
@@ -35,8 +37,11 @@ class FullConfig(AdamConfig):
 
 def build(model: nn.Module, config: FullConfig) -> Built:
     """torch.optim.AdamW, fused, in two groups if the matrices have a rate of their own."""
+    problems = adam_problems(dataclasses.asdict(config))
     if not config.matrix_lr_scale > 0.0:
-        raise ConfigError(f"matrix_lr_scale must be above 0, got {config.matrix_lr_scale!r}. 1 is the plain baseline.")
+        problems.append(f"matrix_lr_scale must be above 0, got {config.matrix_lr_scale!r}. 1 is the plain baseline.")
+    if problems:
+        raise ConfigError(" ".join(problems))
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if config.matrix_lr_scale != 1.0:
         matrices, rest = match_parameters(model, config.target_modules, min_ndim=2)

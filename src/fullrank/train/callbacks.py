@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -21,23 +21,29 @@ from fullrank.train.checkpoint import write_marker
 from fullrank.train.config import RunConfig
 from fullrank.train.report import read_metrics
 
+logger = logging.getLogger(__name__)
+
 
 class Recorder(TrainerCallback):
     """Writes ``metrics.jsonl``, marks complete checkpoints, and lets the method act after a step."""
 
-    def __init__(self, folder: Path, config: RunConfig, after_step: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, *, content_hash: str, after_step: Callable[[int], None] | None
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.content_hash = content_hash
         self.after_step = after_step
-        self.step_times: list[float] = []
         self._began = 0.0
+        self._step_time = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop the rows that a killed run wrote after the checkpoint it resumes from."""
+        """Drop the rows that a killed run wrote after the checkpoint it resumes from; all, at step 0."""
         if state.is_world_process_zero:
-            rows = [row for row in read_metrics(self.folder) if row["step"] <= state.global_step]
+            step = state.global_step
+            rows = [row for row in read_metrics(self.folder) if step and row["step"] <= step]
             partial = self.folder / "metrics.jsonl.partial"
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             partial.replace(self.folder / "metrics.jsonl")
@@ -50,7 +56,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock; hand the step to the method."""
-        self.step_times.append(time.perf_counter() - self._began)
+        self._step_time = time.perf_counter() - self._began
         if self.after_step is not None:
             self.after_step(state.global_step)
 
@@ -70,33 +76,30 @@ class Recorder(TrainerCallback):
                 "lr": logs["learning_rate"],
                 "grad_norm": logs.get("grad_norm"),
                 "tokens": int(state.num_input_tokens_seen),
-                "step_time_s": self.step_times[-1],
+                "step_time_s": self._step_time,
                 "memory_bytes": peak_memory_bytes(),
             }
         else:
             return
-        if state.is_world_process_zero:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if not math.isfinite(row.get("loss", 0.0)) or not math.isfinite(row.get("grad_norm") or 0.0):
+        values = {key: row[key] for key in ("loss", "grad_norm", "eval_loss") if row.get(key) is not None}
+        if not all(map(math.isfinite, values.values())):
             raise TrainingError(
-                f"at step {state.global_step} the loss is {row['loss']} and the gradient norm {row['grad_norm']}. "
+                f"step {state.global_step} has {', '.join(f'{key} {value}' for key, value in values.items())}. "
                 f"Lower method.lr (now {self.config.method.lr:g}), lengthen trainer.warmup_steps or set "
                 f"trainer.max_grad_norm; checkpoints before this step are untouched in {self.folder}."
             )
+        if state.is_world_process_zero:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Declare the checkpoint complete."""
         if state.is_world_process_zero:
-            write_marker(self.folder / f"checkpoint-{state.global_step}", self.config)
-
-    def median_step_time(self) -> float:
-        """Median seconds of an optimizer step of this process, from the batches to the new weights."""
-        return statistics.median(self.step_times) if self.step_times else math.nan
+            write_marker(self.folder / f"checkpoint-{state.global_step}", self.config, content_hash=self.content_hash)
 
 
 class CleanStop(TrainerCallback):
-    """On the first Ctrl-C or SIGTERM: finish the step, save, stop. On the second: stop at once.
+    """On the first Ctrl-C or SIGTERM: go on to the next logged step, save, stop. On the second: stop at once.
 
     In a run of several processes signals keep their usual meaning: ranks could stop at different steps.
     """
@@ -115,7 +118,7 @@ class CleanStop(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop, at a step that is also logged."""
-        if self.requested and state.global_step % max(1, int(args.logging_steps)) == 0:
+        if self.requested and state.global_step % int(args.logging_steps) == 0:
             control.should_save = True
             control.should_training_stop = True
 
@@ -134,6 +137,7 @@ class CleanStop(TrainerCallback):
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self.release()
+        logger.warning("stopping at the next logged step; once more to stop at once, without saving")
 
 
 class ProgressBar(ProgressCallback):

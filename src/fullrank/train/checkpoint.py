@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,38 @@ MARKER = "fullrank.json"
 FORMAT = 1
 DEFINING = ("model", "data", "method", "seed")
 """Sections that define a trajectory: a resumed run may not change them."""
-SCHEDULE = (
-    "max_steps",
-    "num_train_epochs",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "total_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_train_batch_size",
-    "max_grad_norm",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
+FREE = frozenset(
+    {
+        "resume_from_checkpoint",
+        "save_total_limit",
+        "per_device_eval_batch_size",
+        "eval_accumulation_steps",
+        "report_to",
+        "run_name",
+        "project",
+        "disable_tqdm",
+        "log_level",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_token",
+        "hub_private_repo",
+        "hub_strategy",
+    }
 )
-"""Fields of the trainer section that do, too, and intervals, which the Trainer reads from the checkpoint."""
+"""Fields of the trainer section that a resumed run may change: they do not touch its trajectory."""
 
 
-def write_marker(checkpoint: Path, config: RunConfig) -> None:
+def write_marker(checkpoint: Path, config: RunConfig, *, content_hash: str) -> None:
     """Declare a checkpoint complete; called when all its other files are written."""
     files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != MARKER}
     content = {
         "format": FORMAT,
         "config": config.to_dict(),
         "processes": num_processes(),
+        "content_hash": content_hash,
         "files": files,
         "versions": versions(),
     }
@@ -64,41 +71,51 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint of a run folder.
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None if none was ever completed.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there were complete ones and all of them are damaged.
     """
-    numbered = [
-        (int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    for _, path in sorted(numbered, reverse=True):
+    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    damaged = []
+    for _, path in sorted(numbered.items(), reverse=True):
         if not (damage := find_damage(path)):
             return path
         logger.warning("%s is passed over: %s", path, damage)
-    raise CheckpointError(
-        f"{folder} holds no complete checkpoint to resume from. Start again in another --output_dir, with a "
-        "smaller trainer.save_steps."
-    )
+        if (path / MARKER).exists():
+            damaged.append(f"{path.name}: {damage}")
+    if damaged:
+        raise CheckpointError(
+            f"every complete checkpoint of {folder} is damaged ({'; '.join(damaged)}). Restore one from a copy, or "
+            "start a new run in another --output_dir."
+        )
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
 
 
 def find_damage(checkpoint: Path) -> str:
-    """Why a checkpoint cannot be used, or an empty string."""
+    """Why a checkpoint cannot be used, or an empty string; of the files only presence and size are checked."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"{MARKER} is missing, so it was not written to its end"
-    except ValueError:
-        return f"{MARKER} is not valid JSON"
-    if marker.get("format") != FORMAT:
-        return f"{MARKER} has format {marker.get('format')!r}, this version reads {FORMAT}"
+        exists = checkpoint.is_dir()
+        return f"{MARKER} is missing, so it was not written to its end" if exists else "there is no such folder"
+    except (ValueError, OSError) as error:
+        return f"{MARKER} cannot be read ({error})"
+    entries = {"format", "config", "processes", "content_hash", "files"}
+    if not isinstance(marker, dict) or not entries <= marker.keys() or marker["format"] != FORMAT:
+        return f"{MARKER} is not of format {FORMAT}, the one this version reads"
     for name, size in marker["files"].items():
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found} bytes, {size} were written"
     return ""
 
 
@@ -116,14 +133,29 @@ def verify(checkpoint: Path, config: RunConfig) -> None:
     # Through JSON, so that both sides have the same kinds of values.
     now = json.loads(json.dumps(config.to_dict()))
     differences = [line for key in DEFINING for line in _differences(key, saved.get(key), now[key])]
-    for key in SCHEDULE:
+    for key in sorted({*saved["trainer"], *now["trainer"]} - FREE):
         differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
     if not config.trainer.get("total_batch_size"):  # else the batch is the same whatever the number of processes
         differences += _differences("the number of processes", marker["processes"], num_processes())
+    _refuse(checkpoint, differences)
+
+
+def verify_content(checkpoint: Path, content_hash: str) -> None:
+    """Check that the text and the tokenizer are those that the checkpoint was trained on.
+
+    Raises:
+        CheckpointError: If they are not: the same numbers would mean other words.
+    """
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    if marker["content_hash"] != content_hash:
+        _refuse(checkpoint, ["the text or the tokenizer of its data section has changed since"])
+
+
+def _refuse(checkpoint: Path, differences: list[str]) -> None:
     if differences:
         raise CheckpointError(
-            f"{checkpoint} belongs to another run: {'; '.join(differences)}. Resume with the settings it was saved "
-            "with (leave these options out), or start a new run in another --output_dir."
+            f"{checkpoint} belongs to another run: {'; '.join(differences)}. Resume with what it was saved with "
+            "(leave these options out), or start a new run in another --output_dir."
         )
 
 

@@ -21,7 +21,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and gradients."""
     attn_implementation: str | None = None
-    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); none: its default."""
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); null: its default."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration to replace, such as {"num_hidden_layers": 2}."""
 
@@ -37,7 +37,7 @@ class DataConfig:
     split: str = "train"
     """Training split of a hub dataset."""
     validation: str | None = None
-    """Validation text: a file, folder or glob, or a split of the hub dataset; none: carved from the training text."""
+    """Validation text: a file, folder or glob, or a split of the hub dataset; null: carved from the training text."""
     text_field: str = "text"
     """Field of a row that holds its text."""
     streaming: bool = False
@@ -58,29 +58,37 @@ class DataConfig:
     """Seed of the carved validation set and of the stream's shuffle."""
 
 
-OWNED_BY_METHOD = {
-    "learning_rate": "method.lr",
-    "weight_decay": "method.weight_decay",
-    "adam_beta1": "method.betas",
-    "adam_beta2": "method.betas",
-    "adam_epsilon": "method.eps",
-    "optim": "method.name",
-    "optim_args": "method.name",
-    "optim_target_modules": "method.target_modules",
-    "output_dir": "output_dir",
-    "eval_on_start": "nothing: a fresh run is always scored first",
-    "seed": "seed",
+ELSEWHERE = {
+    "learning_rate": "Set method.lr.",
+    "weight_decay": "Set method.weight_decay.",
+    "adam_beta1": "Set method.betas.",
+    "adam_beta2": "Set method.betas.",
+    "adam_epsilon": "Set method.eps.",
+    "optim": "Set method.name.",
+    "optim_args": "Set method.name and its options.",
+    "optim_target_modules": "Set method.target_modules.",
+    "output_dir": "Set output_dir.",
+    "seed": "Set seed.",
+    "eval_on_start": "A fresh run is always scored first.",
+    "include_num_input_tokens_seen": "Tokens are always counted.",
+    "prediction_loss_only": "A run is scored by its true token mean.",
+    "batch_eval_metrics": "A run is scored by its true token mean.",
+    "save_only_model": "A checkpoint without its optimizer cannot be resumed; the model alone is written at the end.",
+    "ignore_data_skip": "A resumed run goes on at its place in the data.",
+    "load_best_model_at_end": "The model at the end is the result.",
+    "fsdp": "Sharded parameters are not supported yet; run under torchrun for data parallel training.",
+    "deepspeed": "DeepSpeed replaces the optimizer; run under torchrun for data parallel training.",
 }
-"""TrainingArguments fields that have one place of their own in a configuration."""
+"""TrainingArguments fields that the trainer section does not take, and what to do instead."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-    "logging_steps": 1,
+    "logging_steps": 1.0,
     "logging_nan_inf_filter": False,
     "eval_strategy": "steps",
-    "eval_steps": 500,
-    "save_steps": 500,
+    "eval_steps": 500.0,
+    "save_steps": 500.0,
     "save_total_limit": 3,
     "disable_tqdm": False,
 }

@@ -36,6 +36,7 @@ __all__ = ["Collator", "Data", "load_data", "load_tokenizer"]
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 _BLOCK = 1_000  # documents that are packed together
 _ROW = Features({"input_ids": List(Value("int32"))})
+_COMPARED = 256  # sequences at each end that tell one text from another
 _FORMAT = 1  # of the cached sequences: raise it when the same text would give others
 
 
@@ -86,6 +87,8 @@ class Data:
     """One line for people."""
     num_train_tokens: int | None
     """Tokens in one pass over `train`, padding not counted; unknown for a stream."""
+    content_hash: str
+    """Hash of the tokenizer and of the sequences at both ends: another text has another."""
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, cache_dir: Path) -> Data:
@@ -128,7 +131,14 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, cache_d
         collate=Collator(config.sequence_length, tokenizer.pad_token_id, config.packing),
         description=f"{text.description}: {size}, {len(validation):,} validation sequences",
         num_train_tokens=num_train_tokens,
+        content_hash=fingerprint(vocabulary, *_ends(validation), *([] if config.streaming else _ends(train))),
     )
+
+
+def _ends(sequences: Dataset) -> list[object]:
+    """How many sequences there are, and the first and last of them."""
+    number = min(_COMPARED, len(sequences))
+    return [len(sequences), sequences[:number]["input_ids"], sequences[-number:]["input_ids"]]
 
 
 def _tokens(texts: list[str | None], *, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

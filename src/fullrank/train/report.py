@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def median_step_time(folder: Path) -> float | None:
+    """Median seconds of a logged optimizer step, from its batches to the new weights."""
+    times = [row["step_time_s"] for row in read_metrics(folder) if "step_time_s" in row]
+    return statistics.median(times) if times else None
+
+
 def draw_loss(folder: Path, *, title: str) -> Path:
     """Draw ``loss.png``: training and validation loss (nats per token) against optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -91,7 +98,7 @@ def summary(result: dict[str, Any]) -> str:
             f"{result['steps']:,} steps ({result['tokens']:,} tokens)",
             f"optimizer state        {megabytes(state)} with {result['method']}, {megabytes(adamw)} with AdamW "
             f"({state / adamw:.0%})",
-            f"step time              {result['step_time_median_s'] * 1000:,.0f} ms (median)",
+            f"step time              {(result['step_time_median_s'] or 0.0) * 1000:,.0f} ms (median)",
             f"sample                 {result['sample']!r}",
             f"files                  {result['folder']} (model/, metrics.jsonl, result.json, loss.png, config.yaml)",
         ]

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
-from fullrank.train.config import OWNED_BY_METHOD, TRAINER_DEFAULTS, DataConfig, ModelConfig, RunConfig
+from fullrank.train.config import ELSEWHERE, TRAINER_DEFAULTS, DataConfig, ModelConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,17 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig}
 TOP_LEVEL = ("seed", "output_dir")
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "total_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+}
+LARGEST_SEED = 2**32 - 1
+EXAMPLES = {"model": "name", "data": "name", "method": "name", "trainer": "max_steps"}
 DEFAULT_RECIPE = "quickstart"
 Given = list[tuple[str, Any]]
 """Dotted key and value; a value from the command line is a string still to be read."""
@@ -49,9 +60,17 @@ def resolve(
     content = recipe if isinstance(recipe, Mapping) else load_recipe(recipe or DEFAULT_RECIPE)
     overrides = dict(overrides or {})
     base = dict(flatten(content))
+    for length, other in (
+        ("trainer.num_train_epochs", "trainer.max_steps"),
+        ("trainer.max_steps", "trainer.num_train_epochs"),
+    ):
+        if length in overrides and other not in overrides:
+            base.pop(other, None)  # the length asked for last wins
     name = str(overrides.get("method.name", base.get("method.name", "fira")))
-    if name not in METHODS:
-        raise ConfigError(f"method.name must be one of {', '.join(METHODS)}, got {name!r}.{nearest(name, METHODS)}")
+    for asked in (name, str(base.get("method.name", name))):
+        if asked not in METHODS:
+            known = ", ".join(METHODS)
+            raise ConfigError(f"method.name must be one of {known}, got {asked!r}.{nearest(asked, METHODS)}")
     if name != base.get("method.name", name):
         base = _switch_method(base, name, keep_lr="method.lr" in overrides)
     base["method.name"] = overrides["method.name"] = name
@@ -61,7 +80,12 @@ def resolve(
 def load_recipe(name: str | Path) -> dict[str, Any]:
     """The content of a packaged recipe or of a YAML file."""
     path = Path(name)
-    text: str | None = path.read_text(encoding="utf-8") if path.is_file() else None
+    text: str | None = None
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"{name} cannot be read as a recipe: {error}. Give a YAML file.") from None
     if text is None:
         packaged = resources.files("fullrank") / "recipes" / f"{name}.yaml"
         if not packaged.is_file():
@@ -75,7 +99,8 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}. Mend the line it names.") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{name} must hold sections such as model: and data:, got {type(content).__name__}.")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(f"{name} must hold sections such as model: and data:, it holds {found}.")
     return content
 
 
@@ -106,6 +131,9 @@ def flatten(content: Mapping[str, Any]) -> Given:
     for section, value in content.items():
         if section in (*SECTIONS, "method", "trainer") and isinstance(value, Mapping):
             given += [(f"{section}.{key}", item) for key, item in value.items()]
+        elif section in (*SECTIONS, "method", "trainer"):
+            if value is not None:
+                raise ConfigError(f"{section} must hold fields such as {section}.{EXAMPLES[section]}, got {value!r}.")
         else:
             given.append((str(section), value))
     return given
@@ -127,7 +155,7 @@ def trainer_parser() -> ArgumentParser:
     from transformers import TrainingArguments
 
     parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_class_arguments(TrainingArguments, None, skip=set(OWNED_BY_METHOD), fail_untyped=False)
+    parser.add_class_arguments(TrainingArguments, None, skip=set(ELSEWHERE), fail_untyped=False)
     parser.add_argument("--total_batch_size", type=int | None, help="Sequences per optimizer step over all devices.")
     return parser
 
@@ -169,8 +197,8 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
     values: dict[str, Any] = {}
     for key, value in _fold_nested(given, known).items():
         section, _, name = key.partition(".")
-        if section == "trainer" and name in OWNED_BY_METHOD:
-            problems.append(f"{key} has another place here. Set {OWNED_BY_METHOD[name]}.")
+        if section == "trainer" and name in ELSEWHERE:
+            problems.append(f"{key} cannot be set here. {ELSEWHERE[name]}")
         elif key not in known:
             problems.append(f"unknown key {key}.{nearest(key, known)}")
         elif key != "method.name":
@@ -187,6 +215,9 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
     trainer = sections["trainer"]
     if trainer["lr_scheduler_type"] != TRAINER_DEFAULTS["lr_scheduler_type"]:
         trainer["lr_scheduler_kwargs"] = values.get("trainer.lr_scheduler_kwargs") or {}  # the default's are its own
+    for key in ("seed", "data.seed"):
+        if not 0 <= values.get(key, 0) <= LARGEST_SEED:
+            problems.append(f"{key} must be between 0 and {LARGEST_SEED}, got {values[key]}.")
     problems += _contradictions(sections["trainer"], streaming=bool(sections["data"].get("streaming")))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -209,14 +240,20 @@ def _fold_nested(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
             folded[key] = value
             continue
         outer = folded.get(parent) or {}
-        if isinstance(outer, str):
-            outer = yaml.safe_load(outer)
-        inner = yaml.safe_load(value) if isinstance(value, str) else value
-        folded[parent] = {**outer, key[len(parent) + 1 :]: inner}
+        try:
+            outer = yaml.safe_load(outer) if isinstance(outer, str) else outer
+            inner = yaml.safe_load(value) if isinstance(value, str) else value
+            folded[parent] = {**outer, key[len(parent) + 1 :]: inner}
+        except (yaml.YAMLError, TypeError):
+            raise ConfigError(
+                f"{key} = {value!r} cannot be put into {parent} = {outer!r}. Give plain values."
+            ) from None
     return folded
 
 
 def _parse(parser: ArgumentParser, key: str, value: Any) -> Any:
+    if value in ("none", "None") and parser is not trainer_parser():
+        value = "null"
     if isinstance(value, str):
         return parser.parse_args([f"--{key}={value}"])[key]
     nested: Any = value
@@ -233,25 +270,44 @@ def _one_line(error: ArgumentError, key: str, value: Any) -> str:
 
 
 def _contradictions(trainer: dict[str, Any], *, streaming: bool) -> list[str]:
-    """Settings of the trainer section that cannot work together."""
-    problems = []
+    """Settings of the trainer section that are out of bounds or cannot work together."""
+    problems = [
+        f"trainer.{key} must be at least {least:g}, got {trainer[key]!r}."
+        for key, least in LEAST.items()
+        if trainer.get(key) is not None and trainer[key] < least
+    ]
     if "total_batch_size" in trainer and "gradient_accumulation_steps" in trainer:
         problems.append(
             "trainer.total_batch_size and trainer.gradient_accumulation_steps exclude each other: "
             "the first derives the second. Keep one."
         )
+    if trainer.get("max_steps", -1) == 0 or not trainer.get("num_train_epochs", 1.0) > 0:
+        problems.append("trainer.max_steps and trainer.num_train_epochs must be above 0. Give one of them.")
+    for key in ("save_steps", "eval_steps"):
+        if not (trainer[key] or 0) > 0:
+            problems.append(f"trainer.{key} must be above 0, got {trainer[key]!r}. For none: {key[:4]}_strategy no.")
     limit = trainer.get("save_total_limit")
     if limit is not None and limit < 2:
         problems.append(
             f"trainer.save_total_limit must be at least 2, got {limit}: with one, a kill while it is replaced "
             "would leave no complete checkpoint. Raise it, or give null to keep all."
         )
-    logging_steps, save_steps = trainer["logging_steps"], trainer["save_steps"]
-    if logging_steps >= 1 and save_steps >= 1 and save_steps % logging_steps:
-        problems.append(
-            f"trainer.save_steps must be a multiple of trainer.logging_steps ({logging_steps:g}), got {save_steps:g}, "
-            "so that a resumed run logs the same averages."
-        )
     if streaming and trainer.get("max_steps", -1) <= 0:
         problems.append("data.streaming needs trainer.max_steps: a stream has no length. Set it.")
-    return problems
+    return problems + _logging_problems(trainer)
+
+
+def _logging_problems(trainer: dict[str, Any]) -> list[str]:
+    """Logging in whole steps that saving falls on: else a resumed run would log other averages."""
+    every, save = trainer["logging_steps"], trainer["save_steps"]
+    strategy = getattr(trainer.get("logging_strategy"), "value", trainer.get("logging_strategy", "steps"))
+    if strategy != "steps":
+        return [f"trainer.logging_strategy must be steps, got {strategy}. Set trainer.logging_steps."]
+    if every < 1 or every != int(every):
+        return [f"trainer.logging_steps must be a whole number of optimizer steps, at least 1, got {every:g}."]
+    if save >= 1 and save % every:
+        return [
+            f"trainer.save_steps must be a multiple of trainer.logging_steps ({every:g}), got {save:g}, "
+            "so that a resumed run logs the same averages."
+        ]
+    return []

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerState, set_seed
 
 from fullrank import memory
 from fullrank.errors import ConfigError
@@ -43,13 +43,15 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
     """
     folder = find_folder(config, resume=resume)
     start = find_start(config, folder, resume=resume)
-    if start is not None and (folder / "result.json").is_file():
+    if resume and (folder / "result.json").is_file():
         logger.info("%s has ended already; its result stands", folder)
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.data, cache_dir=cache_dir())
     data = load_data(config.data, tokenizer, cache_dir=cache_dir())
     logger.info("%s", data.description)
+    if start is not None:
+        checkpoint.verify_content(start, data.content_hash)
     model = build_model(
         config.model,
         vocab_size=len(tokenizer),
@@ -60,32 +62,16 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         seed=config.seed,
     )
     built = METHODS[config.method_name].build(model, config.method)
-    recorder, stop = Recorder(folder, config, built.after_step), CleanStop()
+    recorder = Recorder(folder, config, content_hash=data.content_hash, after_step=built.after_step)
     trainer = make_trainer(
-        config,
-        model=model,
-        tokenizer=tokenizer,
-        data=data,
-        built=built,
-        folder=folder,
-        callbacks=[recorder, stop],
+        config, model=model, tokenizer=tokenizer, data=data, built=built, folder=folder, callbacks=[recorder]
     )
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved = replace(config, output_dir=str(folder)).to_dict()
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
-    trainer.args.eval_on_start = start is None
-    try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    finally:
-        stop.release()
-    if trainer.state.global_step < trainer.args.max_steps:
-        logger.warning(
-            "stopped at step %d; go on with: fullrank pretrain --resume %s", trainer.state.global_step, folder
-        )
+    claim(folder, config, trainer)
+    train(trainer, built.optimizer, start)
+    if (step := trainer.state.global_step) < trainer.args.max_steps:
+        logger.warning("stopped at step %d; go on with: fullrank pretrain --resume %s", step, folder)
         return None
-    return finish(config, trainer, recorder, tokenizer=tokenizer, folder=folder)
+    return finish(config, trainer, tokenizer=tokenizer, folder=folder)
 
 
 def find_folder(config: RunConfig, *, resume: bool) -> Path:
@@ -98,28 +84,62 @@ def find_folder(config: RunConfig, *, resume: bool) -> Path:
             number += 1
         return folder
     folder = Path(config.output_dir)
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file. Choose a folder.")
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(
             f"output_dir {folder} exists and is not empty; nothing was overwritten. Go on with it by "
             f"`fullrank pretrain --resume {folder}`, or choose another."
         )
+    above = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), folder)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"output_dir {folder} cannot be made: {above} is not a folder one can write to.")
     return folder
 
 
 def find_start(config: RunConfig, folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from, verified, or None for a fresh start."""
+    """The checkpoint to go on from, verified, or None for a start at step 0."""
     given = config.trainer.get("resume_from_checkpoint")
-    if not resume and not given:
-        return None
-    start = checkpoint.latest_checkpoint(folder) if resume else Path(str(given))
-    checkpoint.verify(start, config)
-    logger.info("resuming from %s", start)
+    start = checkpoint.latest_checkpoint(folder) if resume else Path(given) if given else None
+    if start is not None:
+        checkpoint.verify(start, config)
+        logger.info("resuming from %s", start)
+    elif resume and not (folder / "result.json").is_file():
+        logger.warning("%s was stopped before its first checkpoint: it starts again at step 0", folder)
     return start
 
 
-def finish(
-    config: RunConfig, trainer: Trainer, recorder: Recorder, *, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> dict[str, Any]:
+def claim(folder: Path, config: RunConfig, trainer: Trainer) -> None:
+    """Make the run folder and write the resolved configuration into it."""
+    if not trainer.is_world_process_zero():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = replace(config, output_dir=str(folder)).to_dict()
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be written: {error}. Choose another.") from None
+
+
+def train(trainer: Trainer, optimizer: torch.optim.Optimizer, start: Path | None) -> None:
+    """Train from a checkpoint, or from step 0 with a first score; the first Ctrl-C stops cleanly."""
+    if start is not None and checkpoint.step_of(start) >= trainer.args.max_steps:
+        # Killed after its last checkpoint: resumed there, the Trainer would take one step more.
+        trainer._load_from_checkpoint(str(start))
+        trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        optimizer.load_state_dict(torch.load(start / "optimizer.pt", map_location="cpu", weights_only=True))
+        return
+    # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
+    trainer.args.eval_on_start = start is None
+    stop = CleanStop()
+    trainer.add_callback(stop)
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    finally:
+        stop.release()
+
+
+def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
     """Score the trained model and write ``model/``, ``result.json`` and ``loss.png``."""
     scores = [row for row in report.read_metrics(folder) if "eval_loss" in row]
     if not scores or scores[-1]["step"] != trainer.state.global_step:
@@ -141,15 +161,15 @@ def finish(
         "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
         "adamw_state_bytes": memory.adamw_state_bytes(model),
         "peak_memory_bytes": memory.peak_memory_bytes(),
-        "step_time_median_s": recorder.median_step_time(),
+        "step_time_median_s": report.median_step_time(folder),
         "sample": write_sample(model, tokenizer, seed=config.seed),
         "folder": str(folder),
         "versions": report.versions(),
         "hardware": report.hardware(),
     }
     if trainer.is_world_process_zero():
-        checkpoint.write_json(folder / "result.json", result)
         report.draw_loss(folder, title=f"{config.model.name}, {config.method_name}")
+        checkpoint.write_json(folder / "result.json", result)  # last: it says that the run has ended
     return result
 
 
@@ -175,4 +195,11 @@ def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, 
 def cache_dir() -> Path:
     """Where prepared text and tokenizers are kept: ``FULLRANK_CACHE``, or ``fullrank`` in the user's cache folder."""
     own = os.environ.get("FULLRANK_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fullrank"
-    return Path(own).expanduser()
+    folder = Path(own).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {folder} cannot be made: {error}. Set FULLRANK_CACHE to another."
+        ) from None
+    return folder

@@ -28,6 +28,9 @@ from fullrank.train.evaluate import sequence_losses, token_mean
 
 logger = logging.getLogger(__name__)
 
+REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError)
+"""What transformers raises for arguments that it cannot take."""
+
 
 def make_trainer(
     config: RunConfig,
@@ -41,18 +44,23 @@ def make_trainer(
 ) -> Trainer:
     """The Trainer of a run, with the method's optimizer and a schedule over its optimizer steps."""
     args = make_arguments(config, data, folder)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.collate,
-        processing_class=tokenizer,
-        optimizers=(built.optimizer, make_scheduler(config, args, built)),
-        compute_metrics=token_mean,
-        preprocess_logits_for_metrics=sequence_losses,
-        callbacks=callbacks,
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=data.collate,
+            processing_class=tokenizer,
+            optimizers=(built.optimizer, make_scheduler(config, args, built)),
+            compute_metrics=token_mean,
+            preprocess_logits_for_metrics=sequence_losses,
+            callbacks=callbacks,
+        )
+    except REFUSALS as error:
+        raise refused(error) from error
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be made: {error}. Choose another.") from error
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     return trainer
@@ -74,8 +82,8 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
             include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
             **fields,
         )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"trainer: {error}") from None
+    except REFUSALS as error:
+        raise refused(error) from error
     per_step = args.train_batch_size * args.world_size
     total = config.trainer.get("total_batch_size")
     if total is not None:
@@ -88,6 +96,8 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
     accumulated = args.gradient_accumulation_steps
     if args.max_steps <= 0:
         args.max_steps = _steps_of_epochs(data, per_step * accumulated, args.num_train_epochs)
+    if (warmup := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
+        logger.warning("warm-up takes %d of %d steps: the learning rate never comes to fall", warmup, args.max_steps)
     logger.info(
         "%d optimizer steps of %d sequences (%d processes x %d x %d accumulated), %d tokens each",
         args.max_steps,
@@ -98,6 +108,13 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         config.data.sequence_length,
     )
     return args
+
+
+def refused(error: Exception) -> Exception:
+    """What transformers will not take, as a ConfigError; an error of ours or of the device as it is."""
+    if isinstance(error, ConfigError | torch.OutOfMemoryError):
+        return error
+    return ConfigError(f"transformers refuses the trainer section: {error}. Change the field that it names.")
 
 
 def make_scheduler(config: RunConfig, args: TrainingArguments, built: Built) -> Any:
