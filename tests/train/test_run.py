@@ -189,7 +189,7 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
     ("section", "field", "value"),
     [
         ("method", "rank", 8),
-        ("method", "alpha_on", "update"),
+        ("method", "alpha_on", "subspace"),
         ("model", "dtype", "bfloat16"),
         ("data", "sequence_length", 16),
         ("trainer", "max_steps", 30),

@@ -135,6 +135,8 @@ class ApolloAdamW(ProjectedAdamW):
 class ApolloConfig(ProjectionConfig):
     """Options of APOLLO; Mini is scaling: tensor, rank: 1, alpha: 128."""
 
+    lr: float = 3e-3
+    """Peak learning rate."""
     alpha: float = 1.0
     """The update is multiplied by the square root of alpha (``scale`` in the authors' package)."""
     basis: Literal["svd", "power", "random"] = "random"

@@ -213,9 +213,14 @@ class FiraRMSprop(_Fira, ProjectedRMSprop):
 
 @dataclass(frozen=True, kw_only=True)
 class FiraConfig(ProjectionConfig):
-    """Options of Fira."""
+    """Options of Fira.
 
-    alpha_on: Literal["subspace", "update"] = "subspace"
+    ``alpha_on`` and ``lr`` default to the best of benchmarks/convergence.py, the other options to the authors'.
+    """
+
+    lr: float = 5e-3
+    """Peak learning rate."""
+    alpha_on: Literal["subspace", "update"] = "update"
     """What alpha multiplies: the subspace (the authors' code) or the whole update (Algorithm 1)."""
     scaling: Literal["column", "matrix"] = "column"
     """One factor of the residual per column (section 4.1) or per matrix (ablation)."""

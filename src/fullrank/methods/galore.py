@@ -155,6 +155,9 @@ class GaLoreRMSprop(_GaLore, ProjectedRMSprop):
 class GaLoreConfig(ProjectionConfig):
     """Options of GaLore."""
 
+    lr: float = 5e-3
+    """Peak learning rate."""
+
 
 def build(model: nn.Module, config: GaLoreConfig) -> Built:
     """GaLoreAdamW on the model's groups."""
