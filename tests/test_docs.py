@@ -106,7 +106,7 @@ def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.Capt
         return
     flags, overrides = split_arguments(arguments)
     if flags.help:
-        print_help(overrides.get("method.name", "fira"))
+        print_help(resolve(None, overrides))
         assert "--method.lr" in capsys.readouterr().out
         return
     if flags.resume is not None:
