@@ -176,6 +176,19 @@ def test_killed_before_its_first_checkpoint(finished: Any, text: Path, tmp_path:
     assert_same_run(finished("fira"), folder)
 
 
+def test_resumed_from_another_folder(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path to the text is kept from the root."""
+    write_text(tmp_path / "here.jsonl")
+    monkeypatch.chdir(tmp_path)
+    pretrain(resolve(recipe(Path("here.jsonl"), Path("whole"), max_steps=10)))
+    unfinished(tmp_path / "whole", tmp_path / "run", "checkpoint-10")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = resolve(tmp_path / "run" / "config.yaml", {"output_dir": str(tmp_path / "run")})
+    pretrain(config, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_another_text_is_refused(tmp_path: Path) -> None:
     text = write_text(tmp_path / "documents.jsonl")
     pretrain(resolve(recipe(text, tmp_path / "whole", max_steps=10)))

@@ -41,6 +41,7 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         CheckpointError: If there is nothing to resume from, or it belongs to another run.
         TrainingError: If the loss is no longer finite.
     """
+    config = anchored(config)
     folder = find_folder(config, resume=resume)
     start = find_start(config, folder, resume=resume)
     if resume and (folder / "result.json").is_file():
@@ -72,6 +73,19 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         logger.warning("stopped at step %d; go on with: fullrank pretrain --resume %s", step, folder)
         return None
     return finish(config, trainer, tokenizer=tokenizer, folder=folder)
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """The configuration with the files of its text named from the root, to be found from any folder later."""
+    data = config.data
+    validation = None if data.validation is None else _absolute(data.validation)
+    return replace(config, data=replace(data, name=_absolute(data.name), validation=validation))
+
+
+def _absolute(name: str) -> str:
+    """A path that exists, from the root; a bare word is a name and stays."""
+    is_path = os.sep in name or Path(name).suffix
+    return str(Path(name).absolute()) if is_path and Path(name).exists() else name
 
 
 def find_folder(config: RunConfig, *, resume: bool) -> Path:
