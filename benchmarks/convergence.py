@@ -32,9 +32,12 @@ class Variant:
     method: str
     rates: tuple[float, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    """Data type of the weights."""
 
 
 PROJECTED = {"rank": RANK, "update_proj_gap": GAP, "alpha": 0.25, "basis": "power"}
+CODE = PROJECTED | {"alpha_on": "subspace"}  # the authors' alpha
 LOW = (1.5e-3, 3e-3, 6e-3)
 MIDDLE = (3e-3, 6e-3, 1.2e-2)
 HIGH = (5e-3, 1e-2, 2e-2)
@@ -43,10 +46,12 @@ VARIANTS = [
     Variant("full, matrices at lr / 4", "full", MIDDLE, {"matrix_lr_scale": 0.25}),
     Variant("full, matrices at lr / 4, eps 1e-6", "full", MIDDLE, {"matrix_lr_scale": 0.25, "eps": 1e-6}),
     Variant("galore", "galore", HIGH, PROJECTED),
-    Variant("fira", "fira", LOW, PROJECTED),
-    Variant("fira, svd", "fira", LOW, PROJECTED | {"basis": "svd"}),
+    Variant("fira", "fira", LOW, CODE),
+    Variant("fira, svd", "fira", LOW, CODE | {"basis": "svd"}),
     Variant("fira, alpha_on update", "fira", HIGH, PROJECTED | {"alpha_on": "update"}),
-    Variant("fira, rotate_moments", "fira", LOW, PROJECTED | {"rotate_moments": True}),
+    Variant("fira, rotate_moments", "fira", LOW, CODE | {"rotate_moments": True}),
+    Variant("fira, bfloat16 weights", "fira", (3e-3,), CODE, dtype="bfloat16"),
+    Variant("fira, bfloat16 weights and moments", "fira", (3e-3,), CODE | {"state_dtype": None}, dtype="bfloat16"),
     Variant("apollo", "apollo", MIDDLE, PROJECTED | {"alpha": 1.0, "basis": "random"}),
 ]
 
@@ -56,6 +61,7 @@ def configuration(variant: Variant, lr: float, seed: int, args: argparse.Namespa
     return {
         "model": {
             "name": "llama-9m",
+            "dtype": variant.dtype,
             "overrides": {
                 "hidden_size": HIDDEN,
                 "intermediate_size": 688,
@@ -134,6 +140,7 @@ def summarise(variant: Variant, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "variant": variant.name,
         "method": variant.method,
         "options": variant.options,
+        "dtype": variant.dtype,
         "lr": best["lr"],
         "perplexity": statistics.fmean(seeds),
         "perplexity_by_seed": seeds,

@@ -168,6 +168,7 @@ def test_paper_size_has_no_weights() -> None:
         ({"num_layers": 2}, r"'num_layers', .*Did you mean num_hidden_layers\?"),
         ({"qqq": 2}, r"'qqq', .*Its fields: .*hidden_size"),
         ({"hidden_size": "wide"}, r"do not fit llama-9m: .*expected int, got str"),
+        ({"hidden_size": -4}, r"cannot build llama-9m with"),
         ({"hidden_size": 129}, r"do not fit llama-9m: .*not a multiple"),
         ({"vocab_size": 50}, r"the tokenizer has 96 tokens, more than the 50 rows"),
         ({"max_position_embeddings": 16}, r"data\.sequence_length must be at most 16 .* got 32"),

@@ -76,6 +76,8 @@ ELSEWHERE = {
     "save_only_model": "A checkpoint without its optimizer cannot be resumed; the model alone is written at the end.",
     "ignore_data_skip": "A resumed run goes on at its place in the data.",
     "load_best_model_at_end": "The model at the end is the result.",
+    "metric_for_best_model": "The model at the end is the result.",
+    "greater_is_better": "The model at the end is the result.",
     "fsdp": "Sharded parameters are not supported yet; run under torchrun for data parallel training.",
     "deepspeed": "DeepSpeed replaces the optimizer; run under torchrun for data parallel training.",
 }

@@ -211,7 +211,7 @@ def _fresh(network: PreTrainedConfig, config: ModelConfig, *, seed: int) -> PreT
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=False,
             )
-        except (ValueError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, ArithmeticError) as error:
             raise _unbuildable(config, error) from error
     for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay in float32
         parameter.data = parameter.data.to(dtype)
