@@ -146,5 +146,5 @@ def test_the_log_line(case: OptimizerCase, caplog: pytest.LogCaptureFixture) -> 
     total = 8 + 48 + 64
     assert record.getMessage() == (
         f"{case.kind.__name__}: 2 matrices projected (rank 2, 3), {112 / total:.1%} of {total} parameters; "
-        f"{optimizer.planned_state_bytes():,} bytes of optimizer state, AdamW {total * 8:,}"
+        f"{optimizer.planned_state_bytes():,} bytes of optimizer state, AdamW {total * 8 + 3 * 4:,}"
     )

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fullrank: {error.name} is missing. Install it: pip install 'fullrank[train]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would only print a traceback on the way out
         print("fullrank: stopped at once; what was saved before stays", file=sys.stderr)
         return 130
 
@@ -79,7 +81,9 @@ def pretrain(arguments: list[str]) -> int:
     if flags.resume is not None:
         recipe = Path(flags.resume) / "config.yaml"
         if not recipe.is_file():
-            raise ConfigError(f"--resume {flags.resume} is not a run folder: it has no config.yaml.")
+            raise ConfigError(
+                f"--resume {flags.resume} is not a run folder: it has no config.yaml. Start the run again."
+            )
         if flags.config is not None or "output_dir" in overrides:
             raise ConfigError(
                 "--resume takes its configuration and folder from the run. Leave out --config, --output_dir."

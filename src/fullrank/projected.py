@@ -223,7 +223,7 @@ class ProjectedOptimizer(MethodOptimizer):
         ranks = sorted({group["rank"] for _, group in matrices})
         total = sum(parameter.numel() for _, parameter, _ in trainable)
         share = sum(parameter.numel() for parameter, _ in matrices) / max(total, 1)
-        adamw = sum(2 * parameter.numel() * parameter.element_size() for _, parameter, _ in trainable)
+        adamw = sum(2 * parameter.numel() * parameter.element_size() + 4 for _, parameter, _ in trainable)
         shown = ", ".join(map(str, ranks)) or "none"
         return (
             f"{type(self).__name__}: {len(matrices)} matrices projected (rank {shown}), "

@@ -159,6 +159,8 @@ def unfinished(whole: Path, folder: Path, *without: str) -> Path:
 
 def test_killed_after_its_last_checkpoint(finished: Any, text: Path, tmp_path: Path) -> None:
     folder = unfinished(finished("fira"), tmp_path / "run", "loss.png")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-30])  # and in the middle of a line
     result = pretrain(resolve(recipe(text, folder)), resume=True)
     assert result is not None
     assert result["steps"] == 20
@@ -172,15 +174,20 @@ def test_killed_after_its_last_checkpoint(finished: Any, text: Path, tmp_path: P
 def test_killed_before_its_first_checkpoint(finished: Any, text: Path, tmp_path: Path) -> None:
     every = [path.name for path in finished("fira").glob("checkpoint-*")]
     folder = unfinished(finished("fira"), tmp_path / "run", *every)
+    (folder / "checkpoint-old").mkdir()
+    content = recipe(text, folder)
+    content["method"]["rank"] = 8
+    with pytest.raises(CheckpointError, match=r"method\.rank was 4, is now 8"):
+        pretrain(resolve(content), resume=True)
     pretrain(resolve(recipe(text, folder)), resume=True)
     assert_same_run(finished("fira"), folder)
 
 
 def test_resumed_from_another_folder(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path to the text is kept from the root."""
+    """A relative path to the text, or a glob, is kept from the root."""
     write_text(tmp_path / "here.jsonl")
     monkeypatch.chdir(tmp_path)
-    pretrain(resolve(recipe(Path("here.jsonl"), Path("whole"), max_steps=10)))
+    pretrain(resolve(recipe(Path("h*.jsonl"), Path("whole"), max_steps=10)))
     unfinished(tmp_path / "whole", tmp_path / "run", "checkpoint-10")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -219,7 +226,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     content[section][field] = value
     with pytest.raises(CheckpointError, match=rf"{section}\.{field} was .* is now {value!r}"):
         pretrain(resolve(content), resume=True)
-    with pytest.raises(CheckpointError, match=r"method\.name was 'fira', is now 'full'"):
+    with pytest.raises(CheckpointError, match=r"another run: method\.name was 'fira', is now 'full'\."):
         pretrain(resolve(recipe(text, folder, "full")), resume=True)
 
 

@@ -215,7 +215,8 @@ class FiraRMSprop(_Fira, ProjectedRMSprop):
 class FiraConfig(ProjectionConfig):
     """Options of Fira.
 
-    ``alpha_on`` and ``lr`` default to the best of benchmarks/convergence.py, the other options to the authors'.
+    ``lr``, ``alpha_on`` and ``basis`` default to the best of benchmarks/convergence.py, rank, alpha and gap to the
+    authors' 60M script.
     """
 
     lr: float = 5e-3

@@ -19,7 +19,7 @@ from fullrank.errors import TrainingError
 from fullrank.memory import peak_memory_bytes
 from fullrank.train.checkpoint import write_marker
 from fullrank.train.config import RunConfig
-from fullrank.train.report import read_metrics
+from fullrank.train.report import keep_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Drop the rows that a killed run wrote after the checkpoint it resumes from; all, at step 0."""
         if state.is_world_process_zero:
-            step = state.global_step
-            rows = [row for row in read_metrics(self.folder) if step and row["step"] <= step]
-            partial = self.folder / "metrics.jsonl.partial"
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            partial.replace(self.folder / "metrics.jsonl")
+            keep_metrics(self.folder, up_to=state.global_step or -1)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

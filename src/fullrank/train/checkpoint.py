@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 from fullrank.errors import CheckpointError
 from fullrank.train.config import RunConfig
-from fullrank.train.report import num_processes, versions
+from fullrank.train.report import num_processes, versions, write_whole
 
 logger = logging.getLogger(__name__)
 
 MARKER = "fullrank.json"
 FORMAT = 1
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 DEFINING = ("model", "data", "method", "seed")
 """Sections that define a trajectory: a resumed run may not change them."""
 FREE = frozenset(
@@ -58,17 +59,7 @@ def write_marker(checkpoint: Path, config: RunConfig, *, content_hash: str) -> N
         "files": files,
         "versions": versions(),
     }
-    write_json(checkpoint / MARKER, content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(checkpoint / MARKER, json.dumps(content, indent=2))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -77,7 +68,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: If there were complete ones and all of them are damaged.
     """
-    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    inside = folder.iterdir() if folder.is_dir() else ()
+    numbered = {int(found[1]): path for path in inside if (found := CHECKPOINT.fullmatch(path.name))}
     damaged = []
     for _, path in sorted(numbered.items(), reverse=True):
         if not (damage := find_damage(path)):
@@ -129,15 +121,22 @@ def verify(checkpoint: Path, config: RunConfig) -> None:
     if damage := find_damage(checkpoint):
         raise CheckpointError(f"{checkpoint} cannot be used: {damage}. Choose an earlier checkpoint of the run.")
     marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    saved = marker["config"]
+    differences = config_differences(marker["config"], config)
+    if not config.trainer.get("total_batch_size"):  # else the batch is the same whatever the number of processes
+        differences += _differences("the number of processes", marker["processes"], num_processes())
+    refuse(checkpoint, differences)
+
+
+def config_differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """What of a saved configuration this one changes that could touch the trajectory, a line each."""
     # Through JSON, so that both sides have the same kinds of values.
     now = json.loads(json.dumps(config.to_dict()))
+    if saved["method"].get("name") != now["method"]["name"]:
+        return _differences("method.name", saved["method"].get("name"), now["method"]["name"])
     differences = [line for key in DEFINING for line in _differences(key, saved.get(key), now[key])]
     for key in sorted({*saved["trainer"], *now["trainer"]} - FREE):
         differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
-    if not config.trainer.get("total_batch_size"):  # else the batch is the same whatever the number of processes
-        differences += _differences("the number of processes", marker["processes"], num_processes())
-    _refuse(checkpoint, differences)
+    return differences
 
 
 def verify_content(checkpoint: Path, content_hash: str) -> None:
@@ -148,10 +147,11 @@ def verify_content(checkpoint: Path, content_hash: str) -> None:
     """
     marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     if marker["content_hash"] != content_hash:
-        _refuse(checkpoint, ["the text or the tokenizer of its data section has changed since"])
+        refuse(checkpoint, ["the text or the tokenizer of its data section has changed since"])
 
 
-def _refuse(checkpoint: Path, differences: list[str]) -> None:
+def refuse(checkpoint: Path, differences: list[str]) -> None:
+    """Raise a CheckpointError that names the differences, if there are any."""
     if differences:
         raise CheckpointError(
             f"{checkpoint} belongs to another run: {'; '.join(differences)}. Resume with what it was saved with "

@@ -54,6 +54,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def keep_metrics(folder: Path, *, up_to: int) -> None:
+    """Rewrite ``metrics.jsonl`` with the whole rows up to this step: what a killed run wrote later is dropped."""
+    rows = [row for row in read_metrics(folder) if row["step"] <= up_to]
+    write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def median_step_time(folder: Path) -> float | None:
     """Median seconds of a logged optimizer step, from its batches to the new weights."""
     times = [row["step_time_s"] for row in read_metrics(folder) if "step_time_s" in row]

@@ -20,7 +20,9 @@ from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import CleanStop, Recorder
 from fullrank.train.config import RunConfig
 from fullrank.train.data import load_data, load_tokenizer
-from fullrank.train.model import build_model
+from fullrank.train.model import PAPER_SIZES, build_model
+from fullrank.train.sources import PYTHON_DOCS
+from fullrank.train.tokenizer import TRAINED
 from fullrank.train.trainer import make_trainer
 
 logger = logging.getLogger(__name__)
@@ -76,16 +78,27 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """The configuration with the files of its text named from the root, to be found from any folder later."""
-    data = config.data
-    validation = None if data.validation is None else _absolute(data.validation)
-    return replace(config, data=replace(data, name=_absolute(data.name), validation=validation))
+    """The configuration with its files and folders named from the root, to be found from any folder later."""
+    data, model = config.data, config.model
+    is_text = data.name != PYTHON_DOCS and (Path(data.name).exists() or _has_wildcard(data.name))
+    held_out = data.validation or ""
+    is_held_out = _has_wildcard(held_out) or ((os.sep in held_out or Path(held_out).suffix) and Path(held_out).exists())
+    is_tokenizer = data.tokenizer != TRAINED and Path(data.tokenizer).is_dir()
+    is_model = model.name not in PAPER_SIZES and Path(model.name).is_dir()
+    return replace(
+        config,
+        data=replace(
+            data,
+            name=os.path.abspath(data.name) if is_text else data.name,
+            validation=os.path.abspath(held_out) if is_held_out else data.validation,
+            tokenizer=os.path.abspath(data.tokenizer) if is_tokenizer else data.tokenizer,
+        ),
+        model=replace(model, name=os.path.abspath(model.name) if is_model else model.name),
+    )
 
 
-def _absolute(name: str) -> str:
-    """A path that exists, from the root; a bare word is a name and stays."""
-    is_path = os.sep in name or Path(name).suffix
-    return str(Path(name).absolute()) if is_path and Path(name).exists() else name
+def _has_wildcard(name: str) -> bool:
+    return any(character in name for character in "*?[")
 
 
 def find_folder(config: RunConfig, *, resume: bool) -> Path:
@@ -119,7 +132,10 @@ def find_start(config: RunConfig, folder: Path, *, resume: bool) -> Path | None:
         checkpoint.verify(start, config)
         logger.info("resuming from %s", start)
     elif resume and not (folder / "result.json").is_file():
-        logger.warning("%s was stopped before its first checkpoint: it starts again at step 0", folder)
+        if (folder / "config.yaml").is_file():
+            saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            checkpoint.refuse(folder, checkpoint.config_differences(saved, config))
+        logger.warning("%s holds no checkpoint written to its end: it starts again at step 0", folder)
     return start
 
 
@@ -130,7 +146,7 @@ def claim(folder: Path, config: RunConfig, trainer: Trainer) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = replace(config, output_dir=str(folder)).to_dict()
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        report.write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written: {error}. Choose another.") from None
 
@@ -142,6 +158,8 @@ def train(trainer: Trainer, optimizer: torch.optim.Optimizer, start: Path | None
         trainer._load_from_checkpoint(str(start))
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
         optimizer.load_state_dict(torch.load(start / "optimizer.pt", map_location="cpu", weights_only=True))
+        if trainer.is_world_process_zero():
+            report.keep_metrics(Path(str(trainer.args.output_dir)), up_to=trainer.state.global_step)
         return
     # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
     trainer.args.eval_on_start = start is None
@@ -159,6 +177,7 @@ def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenize
     if not scores or scores[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
         scores = [row for row in report.read_metrics(folder) if "eval_loss" in row]
+    assert scores[-1]["step"] == trainer.state.global_step
     trainer.save_model(str(folder / "model"))
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     optimizer: Any = trainer.optimizer
@@ -183,7 +202,7 @@ def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenize
     }
     if trainer.is_world_process_zero():
         report.draw_loss(folder, title=f"{config.model.name}, {config.method_name}")
-        checkpoint.write_json(folder / "result.json", result)  # last: it says that the run has ended
+        report.write_whole(folder / "result.json", json.dumps(result, indent=2))  # last: it says that the run has ended
     return result
 
 
