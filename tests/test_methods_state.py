@@ -11,7 +11,7 @@ import torch
 
 import fullrank
 from fullrank import METHODS, CheckpointError
-from fullrank.memory import adamw_state_bytes, held_state_bytes, planned_state_bytes
+from fullrank.memory import adamw_state_bytes, held_state_bytes
 from fullrank.optimizer import MethodOptimizer
 from tests.cases import CASES, OptimizerCase
 from tests.cases.harness import ONE_PER_CLASS, dtypes, each_class, every, feed, ours, parameter, saved_and_read
@@ -178,12 +178,12 @@ def test_planned_bytes_are_the_held_ones(name: str, dtype: torch.dtype) -> None:
     config = CASES[name].config()
     on_meta = TinyModel(dtype, device="meta")
     METHODS[name].build(on_meta, config)
-    planned = planned_state_bytes(on_meta, name, config)
+    planned = METHODS[name].state_bytes(on_meta, config)
     model = TinyModel(dtype)
     for frozen in ("norm", "attn_wide"):
         model.get_parameter(frozen).requires_grad_(False)
         on_meta.get_parameter(frozen).requires_grad_(False)
-    assert planned > planned_state_bytes(on_meta, name, config), "frozen parameters have no state"
+    assert planned > METHODS[name].state_bytes(on_meta, config), "frozen parameters have no state"
     optimizer = METHODS[name].build(model, config).optimizer
     for step in range(4):
         for key, gradient in gradients_at(model, step).items():
@@ -191,7 +191,7 @@ def test_planned_bytes_are_the_held_ones(name: str, dtype: torch.dtype) -> None:
                 model.get_parameter(key).grad = gradient
         optimizer.step()
     assert held_state_bytes(optimizer) == METHODS[name].state_bytes(model, config)
-    assert held_state_bytes(optimizer) == planned_state_bytes(on_meta, name, config)
+    assert held_state_bytes(optimizer) == METHODS[name].state_bytes(on_meta, config)
 
 
 def test_the_yardstick_is_full_rank_adamw() -> None:

@@ -1,10 +1,9 @@
-"""Bytes: of the optimizer's state, planned and held, and of the process at its peak."""
+"""Bytes: of the optimizer's state as held, of AdamW's beside it, and of the process at its peak."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +21,6 @@ def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
                 storage = value.untyped_storage()
                 storages[storage.data_ptr() or id(value)] = storage.nbytes()
     return sum(storages.values())
-
-
-def planned_state_bytes(model: nn.Module, method: str, config: Any) -> int:
-    """Bytes of state that a method will hold for this model; the model may be on the meta device."""
-    return METHODS[method].state_bytes(model, config)
 
 
 def adamw_state_bytes(model: nn.Module) -> int:

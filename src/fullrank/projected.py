@@ -61,9 +61,7 @@ class ProjectedOptimizer(MethodOptimizer):
     """State keys of the low-rank (or plain) moments, in the order of ``direction_``."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        if isinstance(defaults["state_dtype"], torch.dtype):
-            defaults["state_dtype"] = str(defaults["state_dtype"]).removeprefix("torch.")
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"state_dtype": dtype_name(defaults["state_dtype"])})
         if all(group["rank"] is None for group in self.param_groups):
             warnings.warn(
                 f"no parameter group has a rank, so {type(self).__name__} runs as a plain adaptive optimizer. "
@@ -117,8 +115,8 @@ class ProjectedOptimizer(MethodOptimizer):
             if "alpha" in param_group:
                 raise ConfigError("a parameter group has both alpha and scale, two names of one option. Keep alpha.")
             param_group["alpha"] = param_group.pop("scale")
-        if isinstance(param_group.get("state_dtype"), torch.dtype):
-            param_group["state_dtype"] = str(param_group["state_dtype"]).removeprefix("torch.")
+        if "state_dtype" in param_group:
+            param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
         super().add_param_group(param_group)
 
     def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
@@ -289,6 +287,11 @@ class ProjectedRMSprop(ProjectedOptimizer):
 def is_projected(parameter: Tensor, group: dict[str, Any]) -> bool:
     """Whether this group projects this parameter: a group with a rank, two or more dimensions."""
     return group["rank"] is not None and parameter.ndim >= 2
+
+
+def dtype_name(dtype: Any) -> Any:
+    """A torch dtype by its name, as groups hold it so that they save as plain values; anything else as it is."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def projection_problems(group: dict[str, Any]) -> list[str]:

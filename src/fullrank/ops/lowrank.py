@@ -83,9 +83,8 @@ def limit_growth_(norm: Tensor, previous: Tensor, *, gamma: float, floor: float)
     gamma / max(norm / (previous + 1e-8), gamma). All are 0-d tensors: nothing waits for the device.
     Without a floor a first norm near zero would allow growth from there by 1% a step for ever.
     """
-    norm = norm.nan_to_num(
-        nan=math.inf, posinf=math.inf
-    )  # squares that overflowed: the update is dropped, the memory stays
+    # A norm whose squares overflowed: the update is dropped, and the memory stays.
+    norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
     growth = (norm / (previous + 1e-8)).clamp_(min=gamma)
     factor = torch.where(previous > floor, gamma / growth, 1.0)
     previous.copy_(torch.where(norm < math.inf, norm * factor, previous))

@@ -42,7 +42,8 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Drop the rows that a killed run wrote after the checkpoint it resumes from; all, at step 0."""
         if state.is_world_process_zero:
-            keep_metrics(self.folder, up_to=state.global_step or -1)
+            step = state.global_step
+            keep_metrics(self.folder, lambda row: 0 < step >= row["step"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def keep_metrics(folder: Path, *, up_to: int) -> None:
-    """Rewrite ``metrics.jsonl`` with the whole rows up to this step: what a killed run wrote later is dropped."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= up_to]
+def keep_metrics(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite ``metrics.jsonl`` with the whole rows that ``keep`` accepts."""
+    rows = [row for row in read_metrics(folder) if keep(row)]
     write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def is_score(row: dict[str, Any], step: int) -> bool:
+    """Whether a row, of ``metrics.jsonl`` or of the Trainer's history, is the evaluation at this step."""
+    return "eval_loss" in row and row["step"] == step
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -39,6 +39,8 @@ LEAST = {
 }
 LARGEST_SEED = 2**32 - 1
 EXAMPLES = {"model": "name", "data": "name", "method": "name", "trainer": "max_steps"}
+"""The sections of a recipe, each with one of its fields."""
+RECIPES = resources.files("fullrank") / "recipes"
 DEFAULT_RECIPE = "quickstart"
 Given = list[tuple[str, Any]]
 """Dotted key and value; a value from the command line is a string still to be read."""
@@ -87,7 +89,7 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
         except (UnicodeDecodeError, OSError) as error:
             raise ConfigError(f"{name} cannot be read as a recipe: {error}. Give a YAML file.") from None
     if text is None:
-        packaged = resources.files("fullrank") / "recipes" / f"{name}.yaml"
+        packaged = RECIPES / f"{name}.yaml"
         if not packaged.is_file():
             raise ConfigError(
                 f"no recipe and no file named {str(name)!r}.{nearest(str(name), recipe_names())} "
@@ -106,13 +108,13 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Names of all packaged recipes."""
-    root = Path(str(resources.files("fullrank") / "recipes"))
+    root = Path(str(RECIPES))
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
 def show_recipe(name: str) -> str:
     """The text of a packaged recipe, comments and all."""
-    packaged = resources.files("fullrank") / "recipes" / f"{name}.yaml"
+    packaged = RECIPES / f"{name}.yaml"
     if name not in recipe_names():
         raise ConfigError(f"no packaged recipe {name!r}.{nearest(name, recipe_names())}")
     return packaged.read_text(encoding="utf-8")
@@ -129,13 +131,12 @@ def flatten(content: Mapping[str, Any]) -> Given:
     """Dotted keys of a recipe; dictionaries below a section's fields stay values."""
     given: Given = []
     for section, value in content.items():
-        if section in (*SECTIONS, "method", "trainer") and isinstance(value, Mapping):
-            given += [(f"{section}.{key}", item) for key, item in value.items()]
-        elif section in (*SECTIONS, "method", "trainer"):
-            if value is not None:
-                raise ConfigError(f"{section} must hold fields such as {section}.{EXAMPLES[section]}, got {value!r}.")
-        else:
+        if section not in EXAMPLES:
             given.append((str(section), value))
+        elif isinstance(value, Mapping):
+            given += [(f"{section}.{key}", item) for key, item in value.items()]
+        elif value is not None:
+            raise ConfigError(f"{section} must hold fields such as {section}.{EXAMPLES[section]}, got {value!r}.")
     return given
 
 
@@ -218,7 +219,7 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
     for key in ("seed", "data.seed"):
         if not 0 <= values.get(key, 0) <= LARGEST_SEED:
             problems.append(f"{key} must be between 0 and {LARGEST_SEED}, got {values[key]}.")
-    problems += _contradictions(sections["trainer"], streaming=bool(sections["data"].get("streaming")))
+    problems += _contradictions(trainer, streaming=bool(sections["data"].get("streaming")))
     if problems:
         raise ConfigError("\n".join(problems))
     return RunConfig(
@@ -226,7 +227,7 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
         data=DataConfig(**sections["data"]),
         method_name=method,
         method=METHODS[method].config(**sections["method"]),
-        trainer=sections["trainer"],
+        trainer=trainer,
         **{key: values[key] for key in TOP_LEVEL if key in values},
     )
 

@@ -70,7 +70,7 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         config, model=model, tokenizer=tokenizer, data=data, built=built, folder=folder, callbacks=[recorder]
     )
     claim(folder, config, trainer)
-    train(trainer, built.optimizer, start)
+    train(trainer, built.optimizer, folder, start)
     if (step := trainer.state.global_step) < trainer.args.max_steps:
         logger.warning("stopped at step %d; go on with: fullrank pretrain --resume %s", step, folder)
         return None
@@ -151,15 +151,18 @@ def claim(folder: Path, config: RunConfig, trainer: Trainer) -> None:
         raise ConfigError(f"output_dir {folder} cannot be written: {error}. Choose another.") from None
 
 
-def train(trainer: Trainer, optimizer: torch.optim.Optimizer, start: Path | None) -> None:
+def train(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, start: Path | None) -> None:
     """Train from a checkpoint, or from step 0 with a first score; the first Ctrl-C stops cleanly."""
     if start is not None and checkpoint.step_of(start) >= trainer.args.max_steps:
         # Killed after its last checkpoint: resumed there, the Trainer would take one step more.
         trainer._load_from_checkpoint(str(start))
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
         optimizer.load_state_dict(torch.load(start / "optimizer.pt", map_location="cpu", weights_only=True))
+        # Its last score is taken again, by all ranks: the kill may have cut its row short.
+        step = trainer.state.global_step
+        trainer.state.log_history = [row for row in trainer.state.log_history if not report.is_score(row, step)]
         if trainer.is_world_process_zero():
-            report.keep_metrics(Path(str(trainer.args.output_dir)), up_to=trainer.state.global_step)
+            report.keep_metrics(folder, lambda row: row["step"] <= step and not report.is_score(row, step))
         return
     # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
     trainer.args.eval_on_start = start is None
@@ -173,10 +176,9 @@ def train(trainer: Trainer, optimizer: torch.optim.Optimizer, start: Path | None
 
 def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
     """Score the trained model and write ``model/``, ``result.json`` and ``loss.png``."""
-    scores = [row for row in report.read_metrics(folder) if "eval_loss" in row]
-    if not scores or scores[-1]["step"] != trainer.state.global_step:
+    if not (scores := _scores(trainer)) or scores[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-        scores = [row for row in report.read_metrics(folder) if "eval_loss" in row]
+        scores = _scores(trainer)
     assert scores[-1]["step"] == trainer.state.global_step
     trainer.save_model(str(folder / "model"))
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
@@ -188,8 +190,8 @@ def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenize
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "eval_loss": scores[-1]["eval_loss"],
-        "perplexity": scores[-1]["perplexity"],
-        "perplexity_before": scores[0]["perplexity"] if scores[0]["step"] == 0 else None,
+        "perplexity": scores[-1]["eval_perplexity"],
+        "perplexity_before": scores[0]["eval_perplexity"] if scores[0]["step"] == 0 else None,
         "parameters": model.num_parameters(),
         "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
         "adamw_state_bytes": memory.adamw_state_bytes(model),
@@ -204,6 +206,11 @@ def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenize
         report.draw_loss(folder, title=f"{config.model.name}, {config.method_name}")
         report.write_whole(folder / "result.json", json.dumps(result, indent=2))  # last: it says that the run has ended
     return result
+
+
+def _scores(trainer: Trainer) -> list[dict[str, Any]]:
+    """Every evaluation so far, from the Trainer's own history: the same on all ranks, and kept by checkpoints."""
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
 
 
 def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int, prompt: str = "The") -> str:
