@@ -4,17 +4,20 @@ Optimizers for any training loop (this module needs torch alone) and an applicat
 Hugging Face's Trainer (``fullrank.train``, the ``[train]`` extra).
 """
 
+from fullrank.adapter import SparseAdapter, load_adapter
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
 from fullrank.methods import METHODS, Built, Method
 from fullrank.methods.apollo import ApolloAdamW
 from fullrank.methods.fira import FiraAdamW, FiraRMSprop
 from fullrank.methods.galore import GaLoreAdamW, GaLoreRMSprop
+from fullrank.methods.sift import SIFT
 from fullrank.params import divide_params
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "SIFT",
     "ApolloAdamW",
     "Built",
     "CheckpointError",
@@ -24,7 +27,9 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreRMSprop",
     "Method",
+    "SparseAdapter",
     "TrainingError",
     "UnsupportedError",
     "divide_params",
+    "load_adapter",
 ]

@@ -22,6 +22,9 @@ from fullrank.sharding import refuse_sharded
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """State key -> shape and dtype."""
 
+GUEST = "sparse_"
+"""State under keys that start so is not an optimizer's own: SIFT keeps what belongs to a parameter there."""
+
 
 class MethodOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state is exactly what ``state_spec`` says, complete after the first step.
@@ -132,7 +135,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._check_loadable(state_dict)
         super().load_state_dict(state_dict)
         for saved, parameter, _ in self._pair(state_dict):
-            for key, value in saved.items():
+            for key, value in _own(saved).items():
                 device = "cpu" if key == "step" else parameter.device
                 self.state[parameter][key] = value.to(device, copy=True)
 
@@ -171,7 +174,7 @@ class MethodOptimizer(torch.optim.Optimizer):
                         f"{group[key]!r}. Build the optimizer with the options it was saved with."
                     )
         for saved, parameter, group in self._pair(state_dict):
-            expected = self.state_spec(parameter, group)
+            saved, expected = _own(saved), self.state_spec(parameter, group)
             found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
             if found != expected or len(found) != len(saved):
                 raise CheckpointError(
@@ -203,6 +206,10 @@ def adam_problems(group: dict[str, Any]) -> list[str]:
         noun = "betas must be two numbers" if count == 2 else "beta must be a number"
         problems.append(f"{noun}, at least 0 and below 1, got {betas!r}.")
     return problems
+
+
+def _own(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.startswith(GUEST)}
 
 
 def _show(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], everything: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The methods, one paper a file. ``METHODS`` is the table: a new method is its file and a line here."""
 
-from fullrank.methods import apollo, fira, full, galore
+from fullrank.methods import apollo, fira, full, galore, sift
 from fullrank.methods.base import Built, Method
 
 METHODS: dict[str, Method] = {
@@ -8,6 +8,7 @@ METHODS: dict[str, Method] = {
     "galore": galore.METHOD,
     "fira": fira.METHOD,
     "apollo": apollo.METHOD,
+    "sift": sift.METHOD,
 }
 
 __all__ = ["METHODS", "Built", "Method"]

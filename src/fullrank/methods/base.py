@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ class Built:
     """Called after the n-th optimizer step (n = 1, 2, ...)."""
     lr_scale: Callable[[int], float] | None = None
     """Multiplies the learning-rate schedule at optimizer step n (n = 0, 1, ... as schedulers count)."""
+    save_adapter: Callable[[Path], int] | None = None
+    """Writes what training changed as a small file into a folder; returns its bytes. None: the weights are the result."""
 
 
 @dataclass(frozen=True, slots=True)

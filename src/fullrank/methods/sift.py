@@ -1,0 +1,500 @@
+"""SIFT: train x% of the entries of a model's weights, those with the largest first gradients (arXiv:2312.11875).
+
+The gradient of a pre-trained model is quasi-sparse: a few entries of each matrix hold most of its norm. So
+choose the top x% by |gradient| of the first batch, and keep gradients and optimizer states for those alone.
+
+Memory for K chosen entries: gradient 4 K, values 4 K, two moments 8 K, index 4 K bytes; full AdamW in
+bfloat16 has 6 bytes for every entry. Saved, 6 K bytes.
+
+Departures from the paper: none by default. From the authors' code: the first batch's gradient is used,
+not thrown away; the update is in the weight before the next forward pass, the last one too; the trained
+values are the weight's entries, so weight decay acts on them; values and moments are float32 under
+bfloat16 weights; exceptions win over sparse modules; the state says which entries it belongs to, so a run
+resumes; each gradient costs its own work, not a scan over all parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.adapter import Change, fingerprint, save_adapter
+from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.methods.base import AdamConfig, Built, Method
+from fullrank.observe import observe
+from fullrank.ops import sparse
+from fullrank.ops.sparse import Layout
+from fullrank.optimizer import adam_problems, is_number
+from fullrank.params import match_parameters
+from fullrank.sharding import is_sharded, refuse_several_processes
+from fullrank.sparse_model import SUFFIX, Seat, find_module, require_inputs_grad
+from fullrank.sparse_weight import INDEX, SparseWeight
+
+logger = logging.getLogger(__name__)
+
+CHOICES = {
+    "selection": ("gradient", "magnitude", "random"),
+    "scope": ("matrix", "model"),
+    "granularity": ("entry", "row", "block"),
+}
+GROUP = "sift"
+"""Key of a parameter group under which a saved state says how it was made."""
+
+Chooser = Callable[[str, Tensor, Tensor, int], Any]
+"""Name, weight, gradient and number of units -> the chosen units."""
+
+
+class SIFT:
+    """Trains chosen entries of a model's weights, through any torch optimizer.
+
+    ``sparse_mapping[name]`` is the parameter that an optimizer steps in place of the weight ``name``: its K
+    chosen entries, in float32. Gradients are gathered into it during the backward pass; after each step of
+    the optimizer its entries are written into the weight. Its ``idx`` holds the chosen places (flat,
+    sorted); assigning them before the first backward pass (flat, or stacked per dimension) chooses by hand.
+
+    Args:
+        model: The model, with the weights that training starts from. What no pattern matches is frozen.
+        sparse_rate: Share of the units of each matched weight that trains, above 0, at most 1.
+        sparse_module: Substrings of the names of the parameters to train sparsely.
+        exception: Substrings of the names of the parameters to train densely; they win over sparse_module.
+        grad_acc: Accepted so that the authors' calls run: the number of accumulated batches does not matter here.
+        gradient_checkpointing: Let the embeddings' output require a gradient, which reentrant checkpointing needs
+            where the embeddings are frozen.
+        selection: What is chosen: the largest by ``gradient`` (the paper) or ``magnitude``, at ``random``, or
+            what a function returns for (name, weight, gradient, number of units).
+        selection_batches: Backward passes whose summed gradient decides; it is held, dense, for so long.
+        scope: Choose in each ``matrix`` (the paper), or where the whole ``model`` has its largest scores; then
+            all dense gradients of the deciding batches are held at once.
+        granularity: Unit of choice: ``entry`` (the paper), or ``row`` or ``block`` of linear layers, for which
+            the backward pass computes only the chosen part of the weight gradient. Biases go by entry.
+        block_size: Side of a block (entries); divides both sides of each matched matrix.
+        reselect_every: Choose again every so many optimizer steps; what stays keeps its moments. None: never.
+        seed: Seed of a random choice.
+
+    Raises:
+        ConfigError: A pattern without a match, a value out of bounds, a weight that cannot be trained so.
+        UnsupportedError: In a run of several processes, or for sharded weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparse_rate: float,
+        sparse_module: Sequence[str],
+        exception: Sequence[str] = (),
+        grad_acc: int = 1,
+        gradient_checkpointing: bool = False,
+        *,
+        selection: str | Chooser = "gradient",
+        selection_batches: int = 1,
+        scope: str = "matrix",
+        granularity: str = "entry",
+        block_size: int = 32,
+        reselect_every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        refuse_several_processes("SIFT")
+        self.chooser = selection if callable(selection) else None
+        self.settings: dict[str, Any] = {
+            "density": sparse_rate,
+            "selection": "function" if callable(selection) else selection,
+            "selection_batches": selection_batches,
+            "scope": scope,
+            "granularity": granularity,
+            "block_size": block_size,
+            "reselect_every": reselect_every,
+            "seed": seed,
+        }
+        if problems := setting_problems(self.settings):
+            raise ConfigError(" ".join(problems))
+        self.model = model
+        targets, self.dense, self.frozen = divide(model, sparse_module, exception)
+        self.total_num = sum(p.numel() for p in (*targets.values(), *self.dense.values(), *self.frozen.values()))
+        layouts = {name: layout_of(model, name, weight, granularity, block_size) for name, weight in targets.items()}
+        places = {name: find_module(model, name) for name in targets}
+        self.base: dict[str, str] = {}
+        """Fingerprint of the weights before training."""
+        self.weights = [
+            SparseWeight(name, weight, layouts[name], num_chosen(sparse_rate, layouts[name]))
+            for name, weight in targets.items()
+        ]
+        self.sparse_mapping: dict[str, Any] = {part.name: part.values for part in self.weights}
+        self._by_values = {part.values: part for part in self.weights}
+        self._trained = {p: p.requires_grad for p in (*self.dense.values(), *self.frozen.values())}
+        for parameter in self.dense.values():
+            parameter.requires_grad_(True)
+        for parameter in self.frozen.values():
+            parameter.requires_grad_(False)
+        self._seats = [Seat(part, *places[part.name], self._on_gradient) for part in self.weights]
+        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        if gradient_checkpointing:
+            self._handles.append(require_inputs_grad(model))
+        self._warned = False
+        observe(self)
+        logger.info("%s", self.describe())
+
+    # What trains.
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter of every weight of the model that training changes, sparsely or densely."""
+        yield from ((part.name, part.weight) for part in self.weights)
+        yield from self.dense.items()
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of the model that training changes."""
+        return (parameter for _, parameter in self.named_trainable_parameters())
+
+    def named_parameters_in_optimizer(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What to give to an optimizer: the values, named after their weight + ``_sparse``, and the exceptions."""
+        yield from ((part.name + SUFFIX, part.values) for part in self.weights)
+        yield from self.dense.items()
+
+    def parameters_in_optimizer(self) -> Iterator[nn.Parameter]:
+        """What to give to an optimizer, without names."""
+        return (parameter for _, parameter in self.named_parameters_in_optimizer())
+
+    def get_trainable_num(self) -> int:
+        """Numbers that train: chosen entries and exceptions."""
+        return sum(parameter.numel() for parameter in self.parameters_in_optimizer())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many numbers train, of how many."""
+        trained, total = self.get_trainable_num(), self.total_num
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")  # noqa: T201
+
+    def describe(self) -> str:
+        """One line: what trains sparsely, densely, and not at all."""
+        sparsely = sum(part.values.numel() for part in self.weights)
+        of = sum(part.weight.numel() for part in self.weights)
+        return (
+            f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train, chosen by "
+            f"{self.settings['selection']}; {len(self.dense)} weights train densely, {len(self.frozen)} are frozen"
+        )
+
+    # A gradient: gathered and freed; while a choice is open, held until it is made.
+
+    def _on_gradient(self, part: SparseWeight, weight: nn.Parameter) -> None:
+        grad, weight.grad = weight.grad, None
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise UnsupportedError(f"SIFT does not take sparse gradients, got one for {part.name}. Set sparse=False.")
+        if not self.base:
+            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
+        if (units := part.given_units()) is not None:
+            part.choose(units)
+        if not part.choosing or (part.index is not None and part.owner is None):
+            part.receive(grad)
+            return
+        if part.values.grad is not None and not part.values.grad.isfinite().all():
+            return  # an earlier batch of this step has overflowed already
+        if not grad.isfinite().all():  # nothing to choose by: pass it on, as dense training would
+            part.values.grad = torch.full_like(part.values, torch.nan)
+            part.pending, part.num_pending = None, 0
+            return
+        part.hold(grad)
+        self._choose()
+
+    def _choose(self) -> None:
+        """Choose for every weight that has seen enough: the top units by their score (section 3 of the paper)."""
+        enough = self.settings["selection_batches"]
+        open_parts = [part for part in self.weights if part.choosing and part.values.idx is part.index]
+        ready = [part for part in open_parts if part.num_pending >= enough]
+        if not ready or (self.settings["scope"] == "model" and len(ready) < len(open_parts)):
+            return
+        if self.chooser is not None:
+            chosen = {
+                part: part.parse(self.chooser(part.name, part.weight.detach(), part.pending, part.num_units))
+                for part in ready
+                if part.pending is not None
+            }
+        elif self.settings["scope"] == "matrix":
+            chosen = {part: sparse.top_units(self._scores(part), part.num_units) for part in ready}
+        else:
+            numbers = sparse.top_of_all([self._scores(part) for part in ready], sum(part.num_units for part in ready))
+            chosen = dict(zip(ready, numbers, strict=True))
+        for part, units in chosen.items():
+            grad = part.mean_pending()
+            part.choose(units)
+            part.receive(grad)
+
+    @torch.no_grad()
+    def _scores(self, part: SparseWeight) -> Tensor:
+        """The score of every unit of a weight (flat)."""
+        if self.settings["selection"] == "random":
+            place = self.weights.index(part)
+            generator = torch.Generator().manual_seed(hash((self.settings["seed"], place, part.steps)) % 2**63)
+            return torch.rand(part.layout.num_units, generator=generator).to(part.weight.device)
+        by = part.weight.detach() if self.settings["selection"] == "magnitude" else part.pending
+        assert by is not None
+        return sparse.unit_scores(by.abs(), part.layout)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        refuse_several_processes("SIFT")
+        for seat in self._seats:
+            part = seat.sparse
+            if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:
+                seat.slice()
+
+    # An optimizer, whichever it is: its steps reach the weights, its state holds ours.
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write what an optimizer of ours has just stepped into the weights."""
+        mine = [(group, self._by_values[p]) for group in optimizer.param_groups for p in group["params"]
+                if p in self._by_values]  # fmt: skip
+        if not mine:
+            return
+        self._warn_if_idle([part for _, part in mine])
+        every = self.settings["reselect_every"]
+        for group, part in mine:
+            state = optimizer.state[part.values]
+            part.refuse_foreign(state)
+            part.owner = weakref.ref(optimizer)
+            part.steps += 1
+            part.write_back()
+            if part.index is not None and (state or part.values.grad is not None):
+                part.keep_with(state)
+            if every and part.index is not None and not part.by_hand and part.steps % every == 0:
+                self._reopen(part)
+            group[GROUP] = {**self.settings, "base": self.base, "waiting": {}}
+        for group, part in mine:
+            if part.pending is not None:
+                group[GROUP]["waiting"][part.name] = part.waiting()
+
+    def check_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that was saved under other settings or for other weights, before it is loaded."""
+        for saved_group, saved, part in self._pair(optimizer, state_dict):
+            was = saved_group.get(GROUP)
+            if saved:
+                part.check(saved)
+            for key, now in self.settings.items() if was else ():
+                if was.get(key) != now:
+                    raise CheckpointError(
+                        f"this state was saved by a SIFT with {key} {was.get(key)!r}, this one has {now!r}. Make it with "
+                        "the settings it was saved with."
+                    )
+
+    def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
+        every = self.settings["reselect_every"]
+        for saved_group, saved, part in self._pair(optimizer, state_dict):
+            part.owner = weakref.ref(optimizer)
+            was = saved_group.get(GROUP) or {}
+            self.base = dict(was.get("base") or self.base)
+            if saved:
+                part.restore(saved)
+                part.keep_with(optimizer.state[part.values])
+                if every and not part.by_hand and part.steps % every == 0:
+                    self._reopen(part)
+            if part.name in was.get("waiting", {}):
+                part.wait_again(was["waiting"][part.name])
+
+    def _pair(
+        self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], SparseWeight]]:
+        """Saved group, saved state and weight, for each of our values in an optimizer."""
+        for saved_group, group in zip(state_dict.get("param_groups", ()), optimizer.param_groups, strict=False):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
+                if parameter in self._by_values:
+                    yield saved_group, state_dict["state"].get(index, {}), self._by_values[parameter]
+
+    def _reopen(self, part: SparseWeight) -> None:
+        part.choosing = True
+        self._seats[self.weights.index(part)].unslice()
+
+    def _warn_if_idle(self, parts: list[SparseWeight]) -> None:
+        if not self._warned and all(part.values.grad is None and part.pending is None for part in parts):
+            self._warned = True
+            logger.warning(
+                "SIFT: the optimizer stepped and no sparse weight had a gradient. If the model is checkpointed with "
+                "use_reentrant=True and its embeddings are frozen, pass gradient_checkpointing=True."
+            )
+
+    # Files, copies and the way back.
+
+    def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The plain model's parameters by name."""
+        yield from ((part.name, part.weight) for part in self.weights)
+        yield from self.dense.items()
+        yield from self.frozen.items()
+
+    def save_adapter(self, folder: str | Path, *, dtype: str = "bfloat16") -> int:
+        """Write what training changed as a small file (4 + 2 bytes an entry in bfloat16); returns its bytes.
+
+        Raises:
+            ConfigError: If nothing has trained yet, or dtype is neither bfloat16 nor float32.
+        """
+        if not self.base:
+            raise ConfigError("there is nothing to save: no gradient has been seen yet. Train first.")
+        changes = {part.name: Change(*part.delta(), part.layout) for part in self.weights if part.index is not None}
+        return save_adapter(
+            folder, changes, self.dense, base=self.base, settings=self.settings, model=self.model, dtype=dtype
+        )
+
+    def detach(self) -> None:
+        """Leave the model as a plain one, with its trained weights; this SIFT is then done."""
+        for seat in self._seats:
+            seat.leave()
+        for handle in self._handles:
+            handle.remove()
+        for parameter, trained in self._trained.items():
+            parameter.requires_grad_(trained)
+        self._by_values = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SIFT:
+        """A copy that trains the copied model: hooks on tensors are not copied by torch."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for seat in twin._seats:
+            seat.sparse.owner = None
+            seat.listen(twin._on_gradient)
+        observe(twin)
+        return twin
+
+
+def setting_problems(settings: dict[str, Any]) -> list[str]:
+    """What is wrong with the settings of a SIFT, one sentence each."""
+    density, problems = settings["density"], []
+    if not is_number(density) or not 0.0 < density <= 1.0:
+        problems.append(f"density (sparse_rate) must be above 0 and at most 1, got {density!r}. 0.01 is 1%.")
+    for key, choices in CHOICES.items():
+        if settings[key] not in choices and not (key == "selection" and settings[key] == "function"):
+            problems.append(f"{key} must be one of {', '.join(choices)}, got {settings[key]!r}.")
+    for key in ("selection_batches", "block_size", "reselect_every"):
+        value = settings[key]
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1) and not (
+            key == "reselect_every" and value is None
+        ):
+            problems.append(f"{key} must be a whole number, at least 1, got {value!r}.")
+    if settings["scope"] == "model" and (settings["granularity"] != "entry" or settings["selection"] == "function"):
+        problems.append("scope model compares entries by one score. Use granularity entry and a selection by name.")
+    return problems
+
+
+def divide(
+    model: nn.Module, targets: Sequence[str], exceptions: Sequence[str]
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The parameters that train sparsely, those that train densely, and the rest, by name."""
+    matched, rest = match_parameters(model, targets)
+    dense = match_parameters(model, exceptions)[0] if exceptions else {}
+    sparse_ones = {name: parameter for name, parameter in matched.items() if name not in dense}
+    if not sparse_ones:
+        raise ConfigError(f"every weight that {list(targets)} match is an exception ({list(exceptions)}). Narrow these.")
+    return sparse_ones, dense, {name: parameter for name, parameter in rest.items() if name not in dense}
+
+
+def layout_of(model: nn.Module, name: str, weight: nn.Parameter, granularity: str, block_size: int) -> Layout:
+    """How a matched weight is divided into units; refuses one that cannot be trained so."""
+    if is_sharded(weight):
+        raise UnsupportedError(f"SIFT cannot train the sharded weight {name} yet. Train without FSDP.")
+    if not weight.is_floating_point() or not weight.numel():
+        raise ConfigError(f"SIFT cannot train {name}: {weight.numel()} entries of {weight.dtype}. Leave it out.")
+    shape = tuple(weight.shape)
+    if granularity == "entry" or weight.ndim < 2:
+        return Layout(shape)
+    names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if type(owner) is not nn.Linear or len(names) > 1:
+        shared = f"shared by {' and '.join(names)}" if len(names) > 1 else f"in a {type(owner).__name__}"
+        raise ConfigError(
+            f"granularity {granularity} needs weights of nn.Linear that no other module shares; {name} is {shared}. "
+            "Leave it out of the targets, or use granularity entry."
+        )
+    if granularity == "row":
+        return Layout(shape, "row")
+    if shape[0] % block_size or shape[1] % block_size:
+        raise ConfigError(
+            f"block_size must divide both sides of {name} ({shape[0]} x {shape[1]}), got {block_size}. Change it, or use "
+            "granularity row."
+        )
+    return Layout(shape, "block", block_size)
+
+
+def num_chosen(density: float, layout: Layout) -> int:
+    """How many units train: the share rounded down, plus one, as in the authors' code."""
+    return min(int(density * layout.num_units) + 1, layout.num_units)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiftConfig(AdamConfig):
+    """Options of SIFT with AdamW."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    eps: float = 1e-8
+    """Added to the root of the bias-corrected second moment."""
+    density: float = 0.01
+    """Share of the units of each target weight that trains (the paper's sparse rate)."""
+    target_modules: list[str] = field(default_factory=lambda: ["attn", "mlp"])
+    """Substrings of the names of the weights to train sparsely; all others are frozen."""
+    exception: list[str] = field(default_factory=list)
+    """Substrings of the names of the weights to train densely, such as a classifier; they win over target_modules."""
+    selection: Literal["gradient", "magnitude", "random"] = "gradient"
+    """What is chosen: the largest by |gradient| (the paper's) or by |weight|, or at random."""
+    selection_batches: int = 1
+    """Backward passes whose summed gradient decides (micro-batches)."""
+    scope: Literal["matrix", "model"] = "matrix"
+    """Choose in each matrix (the paper's), or where the whole model has its largest scores."""
+    granularity: Literal["entry", "row", "block"] = "entry"
+    """Unit of choice: single entries (the paper's), or rows or blocks, whose backward pass is cheaper."""
+    block_size: int = 32
+    """Side of a block (entries); divides both sides of each target."""
+    reselect_every: int | None = None
+    """Optimizer steps after which the choice is made anew; null: never (the paper's)."""
+    seed: int = 0
+    """Seed of a random choice."""
+
+
+def build(model: nn.Module, config: SiftConfig) -> Built:
+    """SIFT on the model and torch's fused AdamW on what it trains."""
+    if problems := adam_problems(dataclasses.asdict(config)):
+        raise ConfigError(" ".join(problems))
+    sift = SIFT(
+        model,
+        config.density,
+        config.target_modules,
+        config.exception,
+        selection=config.selection,
+        selection_batches=config.selection_batches,
+        scope=config.scope,
+        granularity=config.granularity,
+        block_size=config.block_size,
+        reselect_every=config.reselect_every,
+        seed=config.seed,
+        gradient_checkpointing=True,
+    )
+    betas = (config.betas[0], config.betas[1])
+    optimizer = torch.optim.AdamW(
+        sift.parameters_in_optimizer(),
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return Built(optimizer, save_adapter=sift.save_adapter)
+
+
+def state_bytes(model: nn.Module, config: SiftConfig) -> int:
+    """Two moments, values, index and record of the chosen entries; AdamW's two moments of the exceptions."""
+    targets, dense, _ = divide(model, config.target_modules, config.exception)
+    total = sum(2 * p.numel() * p.element_size() + 4 for p in dense.values())
+    for name, weight in targets.items():
+        layout = layout_of(model, name, weight, config.granularity, config.block_size)
+        units = num_chosen(config.density, layout)
+        value = torch.promote_types(weight.dtype, torch.float32).itemsize
+        total += units * layout.unit_numel * (3 * value + weight.element_size())
+        total += units * layout.index_dtype.itemsize + 4
+    return total
+
+
+METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes)

@@ -1,0 +1,146 @@
+"""Choosing units of a weight, and moving their entries in and out of it.
+
+A unit is what is chosen as a whole: one entry, one row, or one block of B x B entries. Units are
+numbered row by row over a grid; a set of them is a sorted tensor of numbers (int32 where they fit).
+
+    W   the weight, of any shape and memory layout (rows and blocks: M x N)
+    U   number of chosen units,  K = U x entries of a unit: number of chosen entries
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRANULARITIES = ("entry", "row", "block")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a weight of this shape is divided into units."""
+
+    shape: tuple[int, ...]
+    granularity: str = "entry"
+    block_size: int = 1
+    """Side of a block (entries)."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of units along each dimension in which they are counted."""
+        if self.granularity == "row":
+            return self.shape[:1]
+        if self.granularity == "block":
+            return (self.shape[0] // self.block_size, self.shape[1] // self.block_size)
+        return self.shape
+
+    @property
+    def num_units(self) -> int:
+        """Units in the whole weight."""
+        return math.prod(self.grid)
+
+    @property
+    def unit_numel(self) -> int:
+        """Entries of one unit."""
+        return math.prod(self.shape) // self.num_units
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """The smallest dtype that holds every unit's number."""
+        return torch.int32 if self.num_units <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def unit_scores(scores: Tensor, layout: Layout) -> Tensor:
+    """Sum the scores of the entries of each unit (shape of W to one number a unit, flat)."""
+    if layout.granularity == "entry":
+        return scores.reshape(-1)
+    if layout.granularity == "row":
+        return scores.sum(1)
+    return _tiles(scores, layout).sum((2, 3)).reshape(-1)
+
+
+def top_units(scores: Tensor, num: int) -> Tensor:
+    """Numbers of the ``num`` highest scores, sorted (U, int64)."""
+    return scores.topk(num, sorted=False).indices.sort().values
+
+
+def top_of_all(scores: list[Tensor], num: int) -> list[Tensor]:
+    """Numbers of the ``num`` highest scores over all tensors, sorted, for each tensor: at least its highest one."""
+    for score in scores:
+        score[score.argmax()] = torch.inf
+    tops = [score.topk(min(num, len(score)), sorted=False) for score in scores]
+    values = torch.cat([top.values.float() for top in tops])
+    kept = torch.zeros_like(values, dtype=torch.bool)
+    kept[values.topk(min(num, len(values)), sorted=False).indices] = True
+    parts = kept.split([len(top.values) for top in tops])
+    return [top.indices[part].sort().values for top, part in zip(tops, parts, strict=True)]
+
+
+def take(tensor: Tensor, units: Tensor, layout: Layout) -> Tensor:
+    """The entries of the chosen units, unit by unit (K)."""
+    if layout.granularity == "row":
+        return tensor.index_select(0, units).reshape(-1)
+    if layout.granularity == "block":
+        return _tiles(tensor, layout)[_block_numbers(units, layout)].reshape(-1)
+    flat, positions = _flat(tensor, units)
+    return flat.index_select(0, positions)
+
+
+def put_(tensor: Tensor, units: Tensor, values: Tensor, layout: Layout) -> None:
+    """Overwrite the entries of the chosen units with ``values`` (K), in place, rounded to the tensor's dtype."""
+    values = values.to(tensor.dtype)
+    if layout.granularity == "row":
+        tensor.index_copy_(0, units.long(), values.view(-1, tensor.shape[1]))
+    elif layout.granularity == "block":
+        size = layout.block_size
+        _tiles(tensor, layout)[_block_numbers(units, layout)] = values.view(-1, size, size)
+    else:
+        flat, positions = _flat(tensor, units)
+        flat.index_copy_(0, positions.long(), values)
+
+
+def shared_units(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the units that both sorted sets hold stand in the first and in the second (int64 positions)."""
+    place = torch.searchsorted(new, old).clamp_(max=max(len(new) - 1, 0))
+    stays = new[place] == old
+    return stays.nonzero()[:, 0], place[stays]
+
+
+def carry(values: Tensor, stay: tuple[Tensor, Tensor], num: int, *, unit_numel: int) -> Tensor:
+    """Values (K) of the units that stay, at their new places; zero for the others (``num`` units)."""
+    carried = values.new_zeros(num, unit_numel)
+    carried[stay[1]] = values.view(-1, unit_numel)[stay[0]]
+    return carried.view(-1)
+
+
+def _block_numbers(units: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Row and column of each block in the grid."""
+    return block_places(units, layout.grid[1])
+
+
+def block_places(units: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Row and column (U each, int64) of numbered blocks in a grid with so many columns."""
+    numbers = units.long()
+    return numbers // columns, numbers % columns
+
+
+def _tiles(tensor: Tensor, layout: Layout) -> Tensor:
+    """A matrix as a grid of blocks, without a copy (M/B x N/B x B x B)."""
+    size = layout.block_size
+    return tensor.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+
+
+def _flat(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor's memory as a vector, and where in it the entries with these row-major numbers lie."""
+    if tensor.is_contiguous():
+        return tensor.view(-1), index
+    positions = torch.zeros_like(index, dtype=torch.int64)
+    rest = index.long()
+    span = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        positions += rest % size * stride
+        rest = rest // size
+        span += (size - 1) * stride
+    return tensor.as_strided((span,), (1,)), positions

@@ -1,0 +1,122 @@
+"""Between a model and its sparse weights: where the values live, and how gradients reach them.
+
+The values of ``layer.weight`` are the parameter ``layer.weight_sparse``, so clipping, ``zero_grad`` and
+decay by name see them; a hook keeps them out of the model's ``state_dict``, which stays the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.ops.sliced import SlicedLinear
+from fullrank.sparse_weight import SparseWeight
+
+SUFFIX = "_sparse"
+
+Receiver = Callable[[SparseWeight, nn.Parameter], None]
+"""Takes the gradient of a weight that has just been accumulated."""
+
+
+class Seat:
+    """One sparse weight in its module: its values beside it, its hooks, its sliced forward pass."""
+
+    def __init__(self, sparse: SparseWeight, module: nn.Module, attribute: str, receiver: Receiver) -> None:
+        self.sparse = sparse
+        self.module = module
+        self.attribute = attribute
+        self.is_sliced = False
+        self.was_trainable = sparse.weight.requires_grad
+        sparse.weight.requires_grad_(True)
+        module.register_parameter(attribute + SUFFIX, sparse.values)
+        self._handles = [
+            module.register_state_dict_post_hook(partial(_leave_out, attribute + SUFFIX)),
+            module.register_load_state_dict_pre_hook(partial(_fill_in, attribute + SUFFIX)),
+            module.register_load_state_dict_post_hook(self._after_load),
+        ]
+        self.listen(receiver)
+
+    def listen(self, receiver: Receiver) -> None:
+        """Hand every accumulated gradient of the weight to the receiver."""
+        hook = partial(receiver, self.sparse)
+        if not self.is_sliced:
+            self._listening = self.sparse.weight.register_post_accumulate_grad_hook(hook)
+        else:  # a frozen tensor takes no hook
+            self.sparse.weight.requires_grad_(True)
+            self._listening = self.sparse.weight.register_post_accumulate_grad_hook(hook)
+            self.sparse.weight.requires_grad_(False)
+
+    def slice(self) -> None:
+        """From now on compute the weight gradient of the chosen rows or blocks alone."""
+        self.sparse.weight.requires_grad_(False)
+        self.module.forward = partial(_sliced_forward, self.module, self.sparse)
+        self.is_sliced = True
+
+    def unslice(self) -> None:
+        """Compute the whole weight gradient again."""
+        if self.is_sliced:
+            del self.module.forward
+            self.sparse.weight.requires_grad_(True)
+            self.is_sliced = False
+
+    def leave(self) -> None:
+        """Take everything out of the module again; the weight keeps its trained entries."""
+        self.unslice()
+        for handle in (*self._handles, self._listening):
+            handle.remove()
+        self.module._parameters.pop(self.attribute + SUFFIX, None)
+        self.sparse.weight.requires_grad_(self.was_trainable)
+
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        if getattr(module, self.attribute) is not self.sparse.weight:
+            raise UnsupportedError(
+                f"{self.sparse.name} was replaced, not overwritten, by load_state_dict(assign=True): SIFT trains the "
+                "old one. Load before SIFT is made, or without assign."
+            )
+        self.sparse.read_again()
+
+
+def find_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name in it.
+
+    Raises:
+        ConfigError: If the place for its values is taken, as it is in a model that has a SIFT already.
+    """
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if hasattr(module, attribute + SUFFIX):
+        raise ConfigError(
+            f"{name}{SUFFIX} exists already: this model has a SIFT. Go on with that one, or call its detach() first."
+        )
+    return module, attribute
+
+
+def require_inputs_grad(model: nn.Module) -> Any:
+    """Let the first module's outputs require a gradient, so that reentrant checkpointing has a graph to go back on."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    first = get_embeddings() if get_embeddings is not None else None
+    if first is None:
+        name = next(name for name, _ in model.named_parameters())
+        first = model.get_submodule(name.rpartition(".")[0])
+    return first.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+        output.requires_grad_(True)
+
+
+def _leave_out(attribute: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state_dict.pop(prefix + attribute, None)
+
+
+def _fill_in(attribute: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state_dict[prefix + attribute] = module._parameters[attribute]  # nobody misses it, and it stays what it is
+
+
+def _sliced_forward(module: Any, sparse: SparseWeight, inputs: Tensor) -> Any:
+    return SlicedLinear.apply(inputs, sparse.weight, module.bias, sparse.values, sparse.index, sparse.layout)
