@@ -106,7 +106,11 @@ def save_adapter(
             "num_labels": getattr(config, "num_labels", None),
         },
         "weights": {
-            name: {"shape": list(c.layout.shape), "granularity": c.layout.granularity, "block_size": c.layout.block_size}
+            name: {
+                "shape": list(c.layout.shape),
+                "granularity": c.layout.granularity,
+                "block_size": c.layout.block_size,
+            }
             for name, c in changes.items()
         },
         "dense": list(dense),

@@ -23,6 +23,7 @@ usage: fullrank COMMAND [OPTIONS]
 
 commands:
   pretrain      train a language model from scratch (or go on with one)
+  export        merge an adapter into its base: a plain model folder
   recipes       list the packaged recipes; `recipes show NAME` prints one
 
 `fullrank COMMAND --help` explains a command; `fullrank --version` prints the version.
@@ -41,6 +42,17 @@ With no arguments: the quickstart recipe, a small LLaMA with Fira on the text of
   --trainer.FIELD VALUE any field of transformers.TrainingArguments (max_steps, save_steps, report_to, ...), and
                         trainer.total_batch_size: sequences per optimizer step over all devices, from which
                         the accumulation is derived
+"""
+
+EXPORT_USAGE = """\
+usage: fullrank export --model BASE --adapter DIR --output_dir OUT [--dtype DTYPE]
+
+Writes the base model with the adapter's changes merged in, as a folder that from_pretrained loads.
+
+  --model BASE      folder or hub name of the model that the adapter was trained from; another one is refused
+  --adapter DIR     folder of the adapter: adapter/ in a run's folder, or what SIFT.save_adapter wrote
+  --output_dir OUT  folder to write; must be new or empty
+  --dtype DTYPE     float32, bfloat16 or float16; default: that of the base's files
 """
 
 
@@ -89,6 +101,11 @@ def pretrain(arguments: list[str]) -> int:
                 "--resume takes its configuration and folder from the run. Leave out --config, --output_dir."
             )
         overrides["output_dir"] = str(flags.resume)
+    if str(recipe).startswith("finetune/"):
+        raise ConfigError(
+            f"{recipe} describes a fine-tuning run: its data needs prompts or labels, which `pretrain` does not make. "
+            f"Read it with: fullrank recipes show {recipe}"
+        )
     config = resolve(recipe, overrides)
     if flags.help:
         print_help(config)
@@ -120,6 +137,40 @@ def recipes(arguments: list[str]) -> int:
     else:
         raise ConfigError(f"recipes takes nothing, or show and one name; got {' '.join(arguments)!r}.")
     return 0
+
+
+def export(arguments: list[str]) -> int:
+    """``fullrank export --model BASE --adapter DIR --output_dir OUT [--dtype DTYPE]``."""
+    flags = export_flags(arguments)
+    if flags.help:
+        print(EXPORT_USAGE)
+        return 0
+    from fullrank.train.export import export as run
+
+    print(run(flags.model, flags.adapter, flags.output_dir, dtype=flags.dtype))
+    return 0
+
+
+def export_flags(arguments: list[str]) -> argparse.Namespace:
+    """What ``fullrank export`` is told.
+
+    Raises:
+        ConfigError: If something is missing or unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("model", "adapter", "output_dir", "dtype"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--help", "-h", action="store_true")
+    try:
+        flags, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    missing = [f"--{name}" for name in ("model", "adapter", "output_dir") if getattr(flags, name) is None]
+    if rest and not flags.help:
+        raise ConfigError(f"export does not know {' '.join(rest)!r}. `fullrank export --help` lists its options.")
+    if missing and not flags.help:
+        raise ConfigError(f"export needs {', '.join(missing)}. `fullrank export --help` explains them.")
+    return flags
 
 
 def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -164,5 +215,5 @@ def print_help(config: RunConfig) -> None:
     print(text)
 
 
-COMMANDS = {"pretrain": pretrain, "recipes": recipes}
+COMMANDS = {"pretrain": pretrain, "export": export, "recipes": recipes}
 APPLICATION = ("transformers", "accelerate", "datasets", "jsonargparse", "yaml", "matplotlib", "tokenizers")

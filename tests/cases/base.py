@@ -54,3 +54,5 @@ class MethodCase:
     config: Callable[[], Any]
     """Makes a configuration that fits the tiny model."""
     optimizers: tuple[OptimizerCase, ...]
+    decides_what_trains: bool = False
+    """Whether it freezes and thaws parameters itself, whatever they were."""

@@ -18,6 +18,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "galore": {"lr": 0.01, "rank": 4, "update_proj_gap": 7},
     "fira": {"lr": 0.01, "rank": 4, "update_proj_gap": 7},
     "apollo": {"lr": 0.01, "rank": 4, "update_proj_gap": 7},
+    "sift": {"lr": 0.01, "density": 0.3, "exception": ["embed_tokens", "lm_head"]},
 }
 
 

@@ -26,7 +26,7 @@ class Built:
     lr_scale: Callable[[int], float] | None = None
     """Multiplies the learning-rate schedule at optimizer step n (n = 0, 1, ... as schedulers count)."""
     save_adapter: Callable[[Path], int] | None = None
-    """Writes what training changed as a small file into a folder; returns its bytes. None: the weights are the result."""
+    """Writes what training changed into a folder, as a small file; returns its bytes. None: there is no such file."""
 
 
 @dataclass(frozen=True, slots=True)

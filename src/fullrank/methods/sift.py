@@ -15,10 +15,8 @@ resumes; each gradient costs its own work, not a scan over all parameters.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,17 +25,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fullrank.adapter import Change, fingerprint, save_adapter
-from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.adapter import Change, save_adapter
+from fullrank.errors import ConfigError
 from fullrank.methods.base import AdamConfig, Built, Method
-from fullrank.observe import observe
 from fullrank.ops import sparse
-from fullrank.ops.sparse import Layout
 from fullrank.optimizer import adam_problems, is_number
-from fullrank.params import match_parameters
-from fullrank.sharding import is_sharded, refuse_several_processes
-from fullrank.sparse_model import SUFFIX, Seat, find_module, require_inputs_grad
-from fullrank.sparse_weight import INDEX, SparseWeight
+from fullrank.sharding import refuse_several_processes
+from fullrank.sparse.seat import SUFFIX, divide, layout_of
+from fullrank.sparse.training import SparseTraining
+from fullrank.sparse.weight import SparseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +42,11 @@ CHOICES = {
     "scope": ("matrix", "model"),
     "granularity": ("entry", "row", "block"),
 }
-GROUP = "sift"
-"""Key of a parameter group under which a saved state says how it was made."""
-
 Chooser = Callable[[str, Tensor, Tensor, int], Any]
 """Name, weight, gradient and number of units -> the chosen units."""
 
 
-class SIFT:
+class SIFT(SparseTraining):
     """Trains chosen entries of a model's weights, through any torch optimizer.
 
     ``sparse_mapping[name]`` is the parameter that an optimizer steps in place of the weight ``name``: its K
@@ -104,7 +97,7 @@ class SIFT:
     ) -> None:
         refuse_several_processes("SIFT")
         self.chooser = selection if callable(selection) else None
-        self.settings: dict[str, Any] = {
+        settings = {
             "density": sparse_rate,
             "selection": "function" if callable(selection) else selection,
             "selection_batches": selection_batches,
@@ -114,32 +107,25 @@ class SIFT:
             "reselect_every": reselect_every,
             "seed": seed,
         }
-        if problems := setting_problems(self.settings):
+        if problems := setting_problems(settings):
             raise ConfigError(" ".join(problems))
-        self.model = model
-        targets, self.dense, self.frozen = divide(model, sparse_module, exception)
-        self.total_num = sum(p.numel() for p in (*targets.values(), *self.dense.values(), *self.frozen.values()))
+        targets, dense, frozen = divide(model, sparse_module, exception)
         layouts = {name: layout_of(model, name, weight, granularity, block_size) for name, weight in targets.items()}
-        places = {name: find_module(model, name) for name in targets}
-        self.base: dict[str, str] = {}
-        """Fingerprint of the weights before training."""
-        self.weights = [
-            SparseWeight(name, weight, layouts[name], num_chosen(sparse_rate, layouts[name]))
+        weights = [
+            SparseWeight(name, weight, layouts[name], num_chosen(sparse_rate, layouts[name].num_units))
             for name, weight in targets.items()
         ]
-        self.sparse_mapping: dict[str, Any] = {part.name: part.values for part in self.weights}
-        self._by_values = {part.values: part for part in self.weights}
-        self._trained = {p: p.requires_grad for p in (*self.dense.values(), *self.frozen.values())}
-        for parameter in self.dense.values():
-            parameter.requires_grad_(True)
-        for parameter in self.frozen.values():
-            parameter.requires_grad_(False)
-        self._seats = [Seat(part, *places[part.name], self._on_gradient) for part in self.weights]
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
-        if gradient_checkpointing:
-            self._handles.append(require_inputs_grad(model))
-        self._warned = False
-        observe(self)
+        super().__init__(
+            model,
+            weights,
+            dense,
+            frozen,
+            settings=settings,
+            reselect_every=reselect_every,
+            inputs_grad=gradient_checkpointing,
+        )
+        self.sparse_mapping: dict[str, Any] = {part.name: part.values for part in weights}
+        self.total_num = sum(parameter.numel() for _, parameter in self.model_parameters())
         logger.info("%s", self.describe())
 
     # What trains.
@@ -176,34 +162,11 @@ class SIFT:
         sparsely = sum(part.values.numel() for part in self.weights)
         of = sum(part.weight.numel() for part in self.weights)
         return (
-            f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train, chosen by "
-            f"{self.settings['selection']}; {len(self.dense)} weights train densely, {len(self.frozen)} are frozen"
+            f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train, chosen "
+            f"by {self.settings['selection']}; {len(self.dense)} weights train densely, {len(self.frozen)} are frozen"
         )
 
-    # A gradient: gathered and freed; while a choice is open, held until it is made.
-
-    def _on_gradient(self, part: SparseWeight, weight: nn.Parameter) -> None:
-        grad, weight.grad = weight.grad, None
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise UnsupportedError(f"SIFT does not take sparse gradients, got one for {part.name}. Set sparse=False.")
-        if not self.base:
-            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
-        if (units := part.given_units()) is not None:
-            part.choose(units)
-        if not part.choosing or (part.index is not None and part.owner is None):
-            part.receive(grad)
-            return
-        if part.values.grad is not None and not part.values.grad.isfinite().all():
-            return  # an earlier batch of this step has overflowed already
-        if not grad.isfinite().all():  # nothing to choose by: pass it on, as dense training would
-            part.values.grad = torch.full_like(part.values, torch.nan)
-            part.pending, part.num_pending = None, 0
-            return
-        part.hold(grad)
-        self._choose()
-
-    def _choose(self) -> None:
+    def choose_open(self) -> None:
         """Choose for every weight that has seen enough: the top units by their score (section 3 of the paper)."""
         enough = self.settings["selection_batches"]
         open_parts = [part for part in self.weights if part.choosing and part.values.idx is part.index]
@@ -237,95 +200,6 @@ class SIFT:
         assert by is not None
         return sparse.unit_scores(by.abs(), part.layout)
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        refuse_several_processes("SIFT")
-        for seat in self._seats:
-            part = seat.sparse
-            if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:
-                seat.slice()
-
-    # An optimizer, whichever it is: its steps reach the weights, its state holds ours.
-
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write what an optimizer of ours has just stepped into the weights."""
-        mine = [(group, self._by_values[p]) for group in optimizer.param_groups for p in group["params"]
-                if p in self._by_values]  # fmt: skip
-        if not mine:
-            return
-        self._warn_if_idle([part for _, part in mine])
-        every = self.settings["reselect_every"]
-        for group, part in mine:
-            state = optimizer.state[part.values]
-            part.refuse_foreign(state)
-            part.owner = weakref.ref(optimizer)
-            part.steps += 1
-            part.write_back()
-            if part.index is not None and (state or part.values.grad is not None):
-                part.keep_with(state)
-            if every and part.index is not None and not part.by_hand and part.steps % every == 0:
-                self._reopen(part)
-            group[GROUP] = {**self.settings, "base": self.base, "waiting": {}}
-        for group, part in mine:
-            if part.pending is not None:
-                group[GROUP]["waiting"][part.name] = part.waiting()
-
-    def check_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that was saved under other settings or for other weights, before it is loaded."""
-        for saved_group, saved, part in self._pair(optimizer, state_dict):
-            was = saved_group.get(GROUP)
-            if saved:
-                part.check(saved)
-            for key, now in self.settings.items() if was else ():
-                if was.get(key) != now:
-                    raise CheckpointError(
-                        f"this state was saved by a SIFT with {key} {was.get(key)!r}, this one has {now!r}. Make it with "
-                        "the settings it was saved with."
-                    )
-
-    def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
-        every = self.settings["reselect_every"]
-        for saved_group, saved, part in self._pair(optimizer, state_dict):
-            part.owner = weakref.ref(optimizer)
-            was = saved_group.get(GROUP) or {}
-            self.base = dict(was.get("base") or self.base)
-            if saved:
-                part.restore(saved)
-                part.keep_with(optimizer.state[part.values])
-                if every and not part.by_hand and part.steps % every == 0:
-                    self._reopen(part)
-            if part.name in was.get("waiting", {}):
-                part.wait_again(was["waiting"][part.name])
-
-    def _pair(
-        self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], SparseWeight]]:
-        """Saved group, saved state and weight, for each of our values in an optimizer."""
-        for saved_group, group in zip(state_dict.get("param_groups", ()), optimizer.param_groups, strict=False):
-            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
-                if parameter in self._by_values:
-                    yield saved_group, state_dict["state"].get(index, {}), self._by_values[parameter]
-
-    def _reopen(self, part: SparseWeight) -> None:
-        part.choosing = True
-        self._seats[self.weights.index(part)].unslice()
-
-    def _warn_if_idle(self, parts: list[SparseWeight]) -> None:
-        if not self._warned and all(part.values.grad is None and part.pending is None for part in parts):
-            self._warned = True
-            logger.warning(
-                "SIFT: the optimizer stepped and no sparse weight had a gradient. If the model is checkpointed with "
-                "use_reentrant=True and its embeddings are frozen, pass gradient_checkpointing=True."
-            )
-
-    # Files, copies and the way back.
-
-    def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The plain model's parameters by name."""
-        yield from ((part.name, part.weight) for part in self.weights)
-        yield from self.dense.items()
-        yield from self.frozen.items()
-
     def save_adapter(self, folder: str | Path, *, dtype: str = "bfloat16") -> int:
         """Write what training changed as a small file (4 + 2 bytes an entry in bfloat16); returns its bytes.
 
@@ -338,27 +212,6 @@ class SIFT:
         return save_adapter(
             folder, changes, self.dense, base=self.base, settings=self.settings, model=self.model, dtype=dtype
         )
-
-    def detach(self) -> None:
-        """Leave the model as a plain one, with its trained weights; this SIFT is then done."""
-        for seat in self._seats:
-            seat.leave()
-        for handle in self._handles:
-            handle.remove()
-        for parameter, trained in self._trained.items():
-            parameter.requires_grad_(trained)
-        self._by_values = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SIFT:
-        """A copy that trains the copied model: hooks on tensors are not copied by torch."""
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for seat in twin._seats:
-            seat.sparse.owner = None
-            seat.listen(twin._on_gradient)
-        observe(twin)
-        return twin
 
 
 def setting_problems(settings: dict[str, Any]) -> list[str]:
@@ -380,48 +233,9 @@ def setting_problems(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def divide(
-    model: nn.Module, targets: Sequence[str], exceptions: Sequence[str]
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The parameters that train sparsely, those that train densely, and the rest, by name."""
-    matched, rest = match_parameters(model, targets)
-    dense = match_parameters(model, exceptions)[0] if exceptions else {}
-    sparse_ones = {name: parameter for name, parameter in matched.items() if name not in dense}
-    if not sparse_ones:
-        raise ConfigError(f"every weight that {list(targets)} match is an exception ({list(exceptions)}). Narrow these.")
-    return sparse_ones, dense, {name: parameter for name, parameter in rest.items() if name not in dense}
-
-
-def layout_of(model: nn.Module, name: str, weight: nn.Parameter, granularity: str, block_size: int) -> Layout:
-    """How a matched weight is divided into units; refuses one that cannot be trained so."""
-    if is_sharded(weight):
-        raise UnsupportedError(f"SIFT cannot train the sharded weight {name} yet. Train without FSDP.")
-    if not weight.is_floating_point() or not weight.numel():
-        raise ConfigError(f"SIFT cannot train {name}: {weight.numel()} entries of {weight.dtype}. Leave it out.")
-    shape = tuple(weight.shape)
-    if granularity == "entry" or weight.ndim < 2:
-        return Layout(shape)
-    names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if type(owner) is not nn.Linear or len(names) > 1:
-        shared = f"shared by {' and '.join(names)}" if len(names) > 1 else f"in a {type(owner).__name__}"
-        raise ConfigError(
-            f"granularity {granularity} needs weights of nn.Linear that no other module shares; {name} is {shared}. "
-            "Leave it out of the targets, or use granularity entry."
-        )
-    if granularity == "row":
-        return Layout(shape, "row")
-    if shape[0] % block_size or shape[1] % block_size:
-        raise ConfigError(
-            f"block_size must divide both sides of {name} ({shape[0]} x {shape[1]}), got {block_size}. Change it, or use "
-            "granularity row."
-        )
-    return Layout(shape, "block", block_size)
-
-
-def num_chosen(density: float, layout: Layout) -> int:
+def num_chosen(density: float, num_units: int) -> int:
     """How many units train: the share rounded down, plus one, as in the authors' code."""
-    return min(int(density * layout.num_units) + 1, layout.num_units)
+    return min(int(density * num_units) + 1, num_units)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,7 +304,7 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
     total = sum(2 * p.numel() * p.element_size() + 4 for p in dense.values())
     for name, weight in targets.items():
         layout = layout_of(model, name, weight, config.granularity, config.block_size)
-        units = num_chosen(config.density, layout)
+        units = num_chosen(config.density, layout.num_units)
         value = torch.promote_types(weight.dtype, torch.float32).itemsize
         total += units * layout.unit_numel * (3 * value + weight.element_size())
         total += units * layout.index_dtype.itemsize + 4

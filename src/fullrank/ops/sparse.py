@@ -128,8 +128,9 @@ def block_places(units: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 def _tiles(tensor: Tensor, layout: Layout) -> Tensor:
     """A matrix as a grid of blocks, without a copy (M/B x N/B x B x B)."""
-    size = layout.block_size
-    return tensor.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    shape = (-1, layout.block_size)
+    tiles: Tensor = tensor.unflatten(1, shape).unflatten(0, shape)
+    return tiles.transpose(1, 2)
 
 
 def _flat(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,7 @@ def summary(result: dict[str, Any]) -> str:
     """The lines printed when a run has ended."""
     state, adamw = result["optimizer_state_bytes"], result["adamw_state_bytes"]
     before = result["perplexity_before"]
+    adapter = result.get("adapter_bytes")
     start = f"{before:,.1f} before, " if before is not None else ""
     return "\n".join(
         [
@@ -120,6 +121,7 @@ def summary(result: dict[str, Any]) -> str:
             f"{result['steps']:,} steps ({result['tokens']:,} tokens)",
             f"optimizer state        {megabytes(state)} with {result['method']}, {megabytes(adamw)} with AdamW "
             f"({state / adamw:.0%})",
+            *([f"adapter                {megabytes(adapter)}: what training changed"] if adapter else []),
             f"step time              {(result['step_time_median_s'] or 0.0) * 1000:,.0f} ms (median)",
             f"sample                 {result['sample']!r}",
             f"files                  {result['folder']} (model/, metrics.jsonl, result.json, loss.png, config.yaml)",

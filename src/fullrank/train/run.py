@@ -64,6 +64,7 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         sequence_length=config.data.sequence_length,
         seed=config.seed,
     )
+    sizes = {"parameters": model.num_parameters(), "adamw_state_bytes": memory.adamw_state_bytes(model)}
     built = METHODS[config.method_name].build(model, config.method)
     recorder = Recorder(folder, config, content_hash=data.content_hash, after_step=built.after_step)
     trainer = make_trainer(
@@ -74,7 +75,9 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
     if (step := trainer.state.global_step) < trainer.args.max_steps:
         logger.warning("stopped at step %d; go on with: fullrank pretrain --resume %s", step, folder)
         return None
-    return finish(config, trainer, tokenizer=tokenizer, folder=folder)
+    if config.model.pretrained and built.save_adapter is not None:
+        sizes["adapter_bytes"] = built.save_adapter(folder / "adapter")
+    return finish(config, trainer, tokenizer=tokenizer, folder=folder, sizes=sizes)
 
 
 def anchored(config: RunConfig) -> RunConfig:
@@ -174,7 +177,14 @@ def train(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, star
         stop.release()
 
 
-def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+def finish(
+    config: RunConfig,
+    trainer: Trainer,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    sizes: dict[str, int],
+) -> dict[str, Any]:
     """Score the trained model and write ``model/``, ``result.json`` and ``loss.png``."""
     if not (scores := _scores(trainer)) or scores[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
@@ -192,9 +202,8 @@ def finish(config: RunConfig, trainer: Trainer, *, tokenizer: PreTrainedTokenize
         "eval_loss": scores[-1]["eval_loss"],
         "perplexity": scores[-1]["eval_perplexity"],
         "perplexity_before": scores[0]["eval_perplexity"] if scores[0]["step"] == 0 else None,
-        "parameters": model.num_parameters(),
+        **sizes,
         "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
-        "adamw_state_bytes": memory.adamw_state_bytes(model),
         "peak_memory_bytes": memory.peak_memory_bytes(),
         "step_time_median_s": report.median_step_time(folder),
         "sample": write_sample(model, tokenizer, seed=config.seed),

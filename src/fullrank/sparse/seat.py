@@ -6,7 +6,7 @@ decay by name see them; a hook keeps them out of the model's ``state_dict``, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.ops.sliced import SlicedLinear
-from fullrank.sparse_weight import SparseWeight
+from fullrank.ops.sparse import Layout
+from fullrank.params import match_parameters
+from fullrank.sharding import is_sharded
+from fullrank.sparse.weight import SparseWeight
 
 SUFFIX = "_sparse"
 
@@ -95,6 +98,47 @@ def find_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, attribute
 
 
+def divide(
+    model: nn.Module, targets: Sequence[str], exceptions: Sequence[str]
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The parameters that train sparsely, those that train densely, and the rest, by name."""
+    matched, rest = match_parameters(model, targets)
+    dense = match_parameters(model, exceptions)[0] if exceptions else {}
+    sparse_ones = {name: parameter for name, parameter in matched.items() if name not in dense}
+    if not sparse_ones:
+        raise ConfigError(
+            f"every weight that {list(targets)} match is an exception ({list(exceptions)}). Narrow these."
+        )
+    return sparse_ones, dense, {name: parameter for name, parameter in rest.items() if name not in dense}
+
+
+def layout_of(model: nn.Module, name: str, weight: nn.Parameter, granularity: str, block_size: int) -> Layout:
+    """How a matched weight is divided into units; refuses one that cannot be trained so."""
+    if is_sharded(weight):
+        raise UnsupportedError(f"SIFT cannot train the sharded weight {name} yet. Train without FSDP.")
+    if not weight.is_floating_point() or not weight.numel():
+        raise ConfigError(f"SIFT cannot train {name}: {weight.numel()} entries of {weight.dtype}. Leave it out.")
+    shape = tuple(weight.shape)
+    if granularity == "entry" or weight.ndim < 2:
+        return Layout(shape)
+    names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if type(owner) is not nn.Linear or len(names) > 1:
+        shared = f"shared by {' and '.join(names)}" if len(names) > 1 else f"in a {type(owner).__name__}"
+        raise ConfigError(
+            f"granularity {granularity} needs weights of nn.Linear that no other module shares; {name} is {shared}. "
+            "Leave it out of the targets, or use granularity entry."
+        )
+    if granularity == "row":
+        return Layout(shape, "row")
+    if shape[0] % block_size or shape[1] % block_size:
+        raise ConfigError(
+            f"block_size must divide both sides of {name} ({shape[0]} x {shape[1]}), got {block_size}. Change it, or "
+            "use granularity row."
+        )
+    return Layout(shape, "block", block_size)
+
+
 def require_inputs_grad(model: nn.Module) -> Any:
     """Let the first module's outputs require a gradient, so that reentrant checkpointing has a graph to go back on."""
     get_embeddings = getattr(model, "get_input_embeddings", None)
@@ -119,4 +163,5 @@ def _fill_in(attribute: str, module: nn.Module, state_dict: dict[str, Any], pref
 
 
 def _sliced_forward(module: Any, sparse: SparseWeight, inputs: Tensor) -> Any:
-    return SlicedLinear.apply(inputs, sparse.weight, module.bias, sparse.values, sparse.index, sparse.layout)
+    function: Any = SlicedLinear  # autograd functions carry no types
+    return function.apply(inputs, sparse.weight, module.bias, sparse.values, sparse.index, sparse.layout)

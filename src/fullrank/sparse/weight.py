@@ -39,9 +39,9 @@ class SparseWeight:
         self.layout = layout
         self.num_units = num_units
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.values: Any = nn.Parameter(weight.detach().new_zeros(num_units * layout.unit_numel, dtype=dtype))
-        self.values.idx = None
-        self.values.train_num = num_units
+        values: Any = nn.Parameter(weight.detach().new_zeros(num_units * layout.unit_numel, dtype=dtype))
+        values.idx, values.train_num = None, num_units
+        self.values = values
         self.index: Tensor | None = None
         self.by_hand = False
         self.steps = 0
@@ -195,8 +195,8 @@ class SparseWeight:
         """Refuse a state that came to the optimizer without this SIFT knowing of it."""
         if INDEX in state and state[INDEX] is not self._kept:
             raise CheckpointError(
-                f"the optimizer was given a saved state of {self.name} past torch.optim.Optimizer.load_state_dict, so its "
-                "entries are not the ones that train. Load it through that method, after SIFT was made."
+                f"the optimizer was given a saved state of {self.name} past torch.optim.Optimizer.load_state_dict, so "
+                "its entries are not the ones that train. Load it through that method, after SIFT was made."
             )
 
     def check(self, saved: dict[str, Any]) -> None:
@@ -207,7 +207,9 @@ class SparseWeight:
         """
         hint = "Build the model and SIFT as they were when it was saved."
         if not {INDEX, VALUES, BASE, TOUCHED, STEPS} <= saved.keys():
-            raise CheckpointError(f"this optimizer state holds no index for {self.name}: it was not trained by SIFT. {hint}")
+            raise CheckpointError(
+                f"this optimizer state holds no index for {self.name}: it was not trained by SIFT. {hint}"
+            )
         index, values = saved[INDEX], saved[VALUES]
         if index.is_floating_point() or values.numel() != index.numel() * self.layout.unit_numel:
             raise CheckpointError(

@@ -1,0 +1,214 @@
+"""All sparse weights of a model together: from its gradients to their values, from an optimizer's steps to its weights.
+
+Hooks only gather; weights change right after a step of whichever optimizer holds their values, so the next
+forward pass sees them, and its state carries all that a resumed run needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from fullrank.adapter import fingerprint
+from fullrank.errors import CheckpointError, UnsupportedError
+from fullrank.sharding import refuse_several_processes
+from fullrank.sparse.observe import observe
+from fullrank.sparse.seat import Seat, find_module, require_inputs_grad
+from fullrank.sparse.weight import SparseWeight
+
+logger = logging.getLogger(__name__)
+
+GROUP = "sift"
+"""Key of a parameter group under which a saved state says how it was made."""
+
+
+class SparseTraining(ABC):
+    """Trains chosen units of some weights, others densely, and freezes the rest; a method says which units.
+
+    Args:
+        model: The model; every parameter is in one of the three that follow.
+        weights: What trains sparsely.
+        dense: What trains densely, by name.
+        frozen: What does not train, by name.
+        settings: Numbers and words that a saved state has to agree in.
+        reselect_every: Optimizer steps after which the choice is open again, or None.
+        inputs_grad: Let the embeddings' output require a gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: list[SparseWeight],
+        dense: dict[str, nn.Parameter],
+        frozen: dict[str, nn.Parameter],
+        *,
+        settings: dict[str, Any],
+        reselect_every: int | None,
+        inputs_grad: bool,
+    ) -> None:
+        self.model = model
+        self.weights = weights
+        self.dense = dense
+        self.frozen = frozen
+        self.settings = settings
+        self.base: dict[str, str] = {}
+        """Fingerprint of the weights before training."""
+        self._reselect_every = reselect_every
+        self._by_values = {part.values: part for part in weights}
+        self._warned = False
+        places = [find_module(model, part.name) for part in weights]
+        self._trained = {p: p.requires_grad for p in (*dense.values(), *frozen.values())}
+        for parameter in self._trained:
+            parameter.requires_grad_(any(parameter is p for p in dense.values()))
+        self._seats = [Seat(part, *place, self._on_gradient) for part, place in zip(weights, places, strict=True)]
+        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        if inputs_grad:
+            self._handles.append(require_inputs_grad(model))
+        observe(self)
+
+    @abstractmethod
+    def choose_open(self) -> None:
+        """Choose for every weight whose choice is open and that holds enough gradient; called after each one."""
+
+    def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The plain model's parameters by name."""
+        yield from ((part.name, part.weight) for part in self.weights)
+        yield from self.dense.items()
+        yield from self.frozen.items()
+
+    # A gradient: gathered and freed; while a choice is open, held until it is made.
+
+    def _on_gradient(self, part: SparseWeight, weight: nn.Parameter) -> None:
+        grad, weight.grad = weight.grad, None
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise UnsupportedError(f"SIFT does not take sparse gradients, got one for {part.name}. Set sparse=False.")
+        if not self.base:
+            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
+        if (units := part.given_units()) is not None:
+            part.choose(units)
+        if not part.choosing or (part.index is not None and part.owner is None):
+            part.receive(grad)
+            return
+        if part.values.grad is not None and not part.values.grad.isfinite().all():
+            return  # an earlier batch of this step has overflowed already
+        if not grad.isfinite().all():  # nothing to choose by: pass it on, as dense training would
+            part.values.grad = torch.full_like(part.values, torch.nan)
+            part.pending, part.num_pending = None, 0
+            return
+        part.hold(grad)
+        self.choose_open()
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        refuse_several_processes("SIFT")
+        for seat in self._seats:
+            part = seat.sparse
+            if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:
+                seat.slice()
+
+    # An optimizer, whichever it is: its steps reach the weights, its state holds ours.
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write what an optimizer of ours has just stepped into the weights."""
+        mine = [(group, self._by_values[p]) for group in optimizer.param_groups for p in group["params"]
+                if p in self._by_values]  # fmt: skip
+        if not mine:
+            return
+        self._warn_if_idle([part for _, part in mine])
+        for group, part in mine:
+            state = optimizer.state[part.values]
+            part.refuse_foreign(state)
+            part.owner = weakref.ref(optimizer)
+            part.steps += 1
+            part.write_back()
+            if part.index is not None and (state or part.values.grad is not None):
+                part.keep_with(state)
+            if part.index is not None and self._is_due(part):
+                self._reopen(part)
+            group[GROUP] = {**self.settings, "base": self.base, "by_hand": [], "waiting": {}}
+        for group, part in mine:
+            if part.by_hand:
+                group[GROUP]["by_hand"].append(part.name)
+            if part.pending is not None:
+                group[GROUP]["waiting"][part.name] = part.waiting()
+
+    def check_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that was saved under other settings or for other weights, before it is loaded."""
+        for saved_group, saved, part in self._pair(optimizer, state_dict):
+            was = saved_group.get(GROUP) or self.settings
+            if saved:
+                part.check(saved)
+            for key, now in self.settings.items():
+                if was.get(key) != now:
+                    raise CheckpointError(
+                        f"this state was saved by a SIFT with {key} {was.get(key)!r}, this one has {now!r}. Make it "
+                        "with the settings it was saved with."
+                    )
+
+    def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
+        for saved_group, saved, part in self._pair(optimizer, state_dict):
+            part.owner = weakref.ref(optimizer)
+            was = saved_group.get(GROUP) or {}
+            self.base = dict(was.get("base") or self.base)
+            part.by_hand = part.name in was.get("by_hand", ())
+            if saved:
+                part.restore(saved)
+                part.keep_with(optimizer.state[part.values])
+                if self._is_due(part):
+                    self._reopen(part)
+            if part.name in was.get("waiting", {}):
+                part.wait_again(was["waiting"][part.name])
+
+    def _pair(
+        self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], SparseWeight]]:
+        """Saved group, saved state and weight, for each of our values in an optimizer."""
+        for saved_group, group in zip(state_dict.get("param_groups", ()), optimizer.param_groups, strict=False):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
+                if parameter in self._by_values:
+                    yield saved_group, state_dict["state"].get(index, {}), self._by_values[parameter]
+
+    def _is_due(self, part: SparseWeight) -> bool:
+        """Whether it is time to choose again: a function of the step number, so a resume needs no more."""
+        return bool(self._reselect_every) and not part.by_hand and part.steps % (self._reselect_every or 1) == 0
+
+    def _reopen(self, part: SparseWeight) -> None:
+        part.choosing = True
+        self._seats[self.weights.index(part)].unslice()
+
+    def _warn_if_idle(self, parts: list[SparseWeight]) -> None:
+        if not self._warned and all(part.values.grad is None and part.pending is None for part in parts):
+            self._warned = True
+            logger.warning(
+                "SIFT: the optimizer stepped and no sparse weight had a gradient. If the model is checkpointed with "
+                "use_reentrant=True and its embeddings are frozen, pass gradient_checkpointing=True."
+            )
+
+    def detach(self) -> None:
+        """Leave the model as a plain one, with its trained weights; this SIFT is then done."""
+        for seat in self._seats:
+            seat.leave()
+        for handle in self._handles:
+            handle.remove()
+        for parameter, trained in self._trained.items():
+            parameter.requires_grad_(trained)
+        self._by_values = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that trains the copied model: hooks on tensors are not copied by torch."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for seat in twin._seats:
+            seat.sparse.owner = None
+            seat.listen(twin._on_gradient)
+        observe(twin)
+        return twin
