@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fullrank.errors import CheckpointError, ConfigError
 from fullrank.ops import sparse
-from fullrank.ops.sparse import Layout
+from fullrank.ops.sparse import GRANULARITIES, Layout
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -219,15 +221,16 @@ def load_adapter(folder: str | Path) -> SparseAdapter:
     path = Path(folder)
     try:
         description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        assert isinstance(description, dict)
         if description["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {description['format']}, this version reads {FORMAT}. Update it.")
         if _digest(path / TENSORS) != description["sha256"]:
             raise CheckpointError(f"{path / TENSORS} is damaged or of another adapter. Copy the folder again.")
         tensors = load_file(path / TENSORS)
+        if not isinstance(description["base"], dict) or not description["base"]:
+            raise ValueError("base must say which weights it belongs to")
         changes = {name: _change(name, entry, tensors) for name, entry in description["weights"].items()}
         dense = {name: tensors[f"{name}.dense"] for name in description["dense"]}
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is not an adapter that can be read: {type(error).__name__} {error}. It needs {DESCRIPTION} and "
             f"{TENSORS}, as save_adapter writes them."
@@ -238,10 +241,14 @@ def load_adapter(folder: str | Path) -> SparseAdapter:
 def _change(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
     layout = Layout(tuple(entry["shape"]), entry["granularity"], entry["block_size"])
     units, delta = tensors[f"{name}.units"], tensors[f"{name}.delta"]
-    if units.is_floating_point() or units.numel() * layout.unit_numel != delta.numel():
-        raise ValueError(f"{name} has {units.numel()} places for {delta.numel()} entries")
-    if units.numel() and (int(units.min()) < 0 or int(units.max()) >= layout.num_units):
-        raise ValueError(f"{name} has places outside {layout.shape}")
+    if layout.granularity not in GRANULARITIES or layout.num_units * layout.unit_numel != math.prod(layout.shape):
+        raise ValueError(f"{name} cannot be divided into {entry}")
+    if units.dtype not in (torch.int32, torch.int64) or delta.dtype not in DTYPES.values():
+        raise ValueError(f"{name} has places of {units.dtype} and differences of {delta.dtype}")
+    if units.ndim != 1 or delta.ndim != 1 or len(units) * layout.unit_numel != len(delta):
+        raise ValueError(f"{name} has {tuple(units.shape)} places for {tuple(delta.shape)} entries")
+    if len(units) and (int(units[0]) < 0 or int(units[-1]) >= layout.num_units or bool((units.diff() <= 0).any())):
+        raise ValueError(f"{name} has places outside {layout.shape}, or out of order")
     return Change(units, delta, layout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -12,11 +13,8 @@ from fullrank.errors import UnsupportedError
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over several processes."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    known = sys.modules.get("torch.distributed.tensor")  # not imported: there are none, and it costs 100 MB
+    return known is not None and isinstance(tensor, known.DTensor)
 
 
 def refuse_sharded(tensor: Tensor, *, optimizer: str) -> None:

@@ -189,6 +189,22 @@ class SIFT(SparseTraining):
             part.choose(units)
             part.receive(grad)
 
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write what an optimizer of ours has just stepped into the weights.
+
+        Raises:
+            ConfigError: If the choice waits for weights that took no part in the batches that decide.
+        """
+        if self.settings["scope"] == "model":
+            open_parts = [part for part in self.weights if part.choosing]
+            late = [part.name for part in open_parts if part.pending is None]
+            if late and any(part.num_pending >= self.settings["selection_batches"] for part in open_parts):
+                raise ConfigError(
+                    f"scope model compares the gradients of all targets, and {len(late)} had none, first {late[0]}. "
+                    "Leave them out of the targets, or use scope matrix."
+                )
+        super().stepped(optimizer)
+
     @torch.no_grad()
     def _scores(self, part: SparseWeight) -> Tensor:
         """The score of every unit of a weight (flat)."""
@@ -228,6 +244,8 @@ def setting_problems(settings: dict[str, Any]) -> list[str]:
             key == "reselect_every" and value is None
         ):
             problems.append(f"{key} must be a whole number, at least 1, got {value!r}.")
+    if not isinstance(settings["seed"], int) or isinstance(settings["seed"], bool) or settings["seed"] < 0:
+        problems.append(f"seed must be a whole number, at least 0, got {settings['seed']!r}.")
     if settings["scope"] == "model" and (settings["granularity"] != "entry" or settings["selection"] == "function"):
         problems.append("scope model compares entries by one score. Use granularity entry and a selection by name.")
     return problems

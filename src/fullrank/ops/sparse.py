@@ -56,9 +56,10 @@ def unit_scores(scores: Tensor, layout: Layout) -> Tensor:
     """Sum the scores of the entries of each unit (shape of W to one number a unit, flat)."""
     if layout.granularity == "entry":
         return scores.reshape(-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
     if layout.granularity == "row":
-        return scores.sum(1)
-    return _tiles(scores, layout).sum((2, 3)).reshape(-1)
+        return scores.sum(1, dtype=wide)
+    return _tiles(scores, layout).sum((2, 3), dtype=wide).reshape(-1)
 
 
 def top_units(scores: Tensor, num: int) -> Tensor:

@@ -162,6 +162,6 @@ def _fill_in(attribute: str, module: nn.Module, state_dict: dict[str, Any], pref
     state_dict[prefix + attribute] = module._parameters[attribute]  # nobody misses it, and it stays what it is
 
 
-def _sliced_forward(module: Any, sparse: SparseWeight, inputs: Tensor) -> Any:
+def _sliced_forward(module: Any, sparse: SparseWeight, input: Tensor) -> Any:
     function: Any = SlicedLinear  # autograd functions carry no types
-    return function.apply(inputs, sparse.weight, module.bias, sparse.values, sparse.index, sparse.layout)
+    return function.apply(input, sparse.weight, module.bias, sparse.values, sparse.index, sparse.layout)

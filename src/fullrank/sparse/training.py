@@ -94,7 +94,7 @@ class SparseTraining(ABC):
             self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
         if (units := part.given_units()) is not None:
             part.choose(units)
-        if not part.choosing or (part.index is not None and part.owner is None):
+        if not part.choosing:
             part.receive(grad)
             return
         if part.values.grad is not None and not part.values.grad.isfinite().all():
@@ -110,6 +110,8 @@ class SparseTraining(ABC):
         refuse_several_processes("SIFT")
         for seat in self._seats:
             part = seat.sparse
+            if seat.is_sliced:
+                part.given_units()  # no gradient hook is called that would notice an assignment
             if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:
                 seat.slice()
 
@@ -122,6 +124,9 @@ class SparseTraining(ABC):
         if not mine:
             return
         self._warn_if_idle([part for _, part in mine])
+        for group in optimizer.param_groups:
+            names = self._names(group)
+            group[GROUP] = {**self.settings, "base": self.base, "weights": names, "by_hand": [], "waiting": {}}
         for group, part in mine:
             state = optimizer.state[part.values]
             part.refuse_foreign(state)
@@ -132,8 +137,6 @@ class SparseTraining(ABC):
                 part.keep_with(state)
             if part.index is not None and self._is_due(part):
                 self._reopen(part)
-            group[GROUP] = {**self.settings, "base": self.base, "by_hand": [], "waiting": {}}
-        for group, part in mine:
             if part.by_hand:
                 group[GROUP]["by_hand"].append(part.name)
             if part.pending is not None:
@@ -141,29 +144,42 @@ class SparseTraining(ABC):
 
     def check_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Refuse a state that was saved under other settings or for other weights, before it is loaded."""
+        now = [self._names(group) for group in optimizer.param_groups]
+        if not any(now):
+            return
+        saved_groups = state_dict.get("param_groups", [])
+        sizes = [[len(group["params"]) for group in groups] for groups in (saved_groups, optimizer.param_groups)]
+        was = [(group.get(GROUP) or {}).get("weights", names) for group, names in zip(saved_groups, now, strict=False)]
+        if sizes[0] != sizes[1] or was != now:
+            raise CheckpointError(
+                f"this state is of a SIFT on {_list(was)}, in groups of {sizes[0]} parameters; this one is on "
+                f"{_list(now)}, in groups of {sizes[1]}. Make it with the targets and exceptions it was saved with."
+            )
         for saved_group, saved, part in self._pair(optimizer, state_dict):
-            was = saved_group.get(GROUP) or self.settings
+            settings = saved_group.get(GROUP) or self.settings
+            for key, value in self.settings.items():
+                if settings.get(key) != value:
+                    raise CheckpointError(
+                        f"this state was saved by a SIFT with {key} {settings.get(key)!r}, this one has {value!r}. "
+                        "Make it with the settings it was saved with."
+                    )
             if saved:
                 part.check(saved)
-            for key, now in self.settings.items():
-                if was.get(key) != now:
-                    raise CheckpointError(
-                        f"this state was saved by a SIFT with {key} {was.get(key)!r}, this one has {now!r}. Make it "
-                        "with the settings it was saved with."
-                    )
 
     def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
         for saved_group, saved, part in self._pair(optimizer, state_dict):
             part.owner = weakref.ref(optimizer)
             was = saved_group.get(GROUP) or {}
-            self.base = dict(was.get("base") or self.base)
+            self.base = dict(was.get("base") or {})
+            if part.index is not None or part.pending is not None:
+                part.reset()
+            self._reopen(part)
             part.by_hand = part.name in was.get("by_hand", ())
             if saved:
                 part.restore(saved)
                 part.keep_with(optimizer.state[part.values])
-                if self._is_due(part):
-                    self._reopen(part)
+                part.choosing = self._is_due(part)
             if part.name in was.get("waiting", {}):
                 part.wait_again(was["waiting"][part.name])
 
@@ -175,6 +191,10 @@ class SparseTraining(ABC):
             for index, parameter in zip(saved_group["params"], group["params"], strict=False):
                 if parameter in self._by_values:
                     yield saved_group, state_dict["state"].get(index, {}), self._by_values[parameter]
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        """Names of our weights in a parameter group, in its order."""
+        return [self._by_values[p].name for p in group["params"] if p in self._by_values]
 
     def _is_due(self, part: SparseWeight) -> bool:
         """Whether it is time to choose again: a function of the step number, so a resume needs no more."""
@@ -207,8 +227,15 @@ class SparseTraining(ABC):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for seat in twin._seats:
-            seat.sparse.owner = None
+        for seat, original in zip(twin._seats, self.weights, strict=True):
+            optimizer = original.owner() if original.owner is not None else None
+            seat.sparse.after_copy(original, memo.get(id(optimizer)) or copy.deepcopy(optimizer, memo))
             seat.listen(twin._on_gradient)
         observe(twin)
         return twin
+
+
+def _list(groups: list[list[str]]) -> str:
+    """The first names of some weights, and how many there are."""
+    names = [name for group in groups for name in group]
+    return f"{', '.join(names[:2])}{' ...' if len(names) > 2 else ''} ({len(names)} weights)"

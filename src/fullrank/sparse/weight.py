@@ -10,6 +10,7 @@ the device, and 2 K on the host, the entries as they were, from which a small fi
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from typing import Any
@@ -218,6 +219,20 @@ class SparseWeight:
             )
         if not index.numel() or int(index.max()) >= self.layout.num_units or int(index.min()) < 0:
             raise CheckpointError(f"this optimizer state has places outside {self.name} {self.layout.shape}. {hint}")
+
+    def reset(self) -> None:
+        """Forget the choice, and all that was trained by it, as before the first backward pass."""
+        self.index = self.values.idx = self._touched = self._base = self._kept = None
+        self.values.grad = self.pending = None
+        self.num_pending = self.steps = 0
+        self.choosing = True
+
+    def after_copy(self, original: SparseWeight, optimizer: torch.optim.Optimizer | None) -> None:
+        """Mend what a deep copy leaves out: attributes of a parameter, and the copied optimizer."""
+        same = original.values.idx is original.index
+        self.values.idx = self.index if same else copy.deepcopy(original.values.idx)
+        self.values.train_num = self.num_units
+        self.owner = weakref.ref(optimizer) if optimizer is not None else None
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> None:
