@@ -185,9 +185,7 @@ class SIFT(SparseTraining):
             numbers = sparse.top_of_all([self._scores(part) for part in ready], sum(part.num_units for part in ready))
             chosen = dict(zip(ready, numbers, strict=True))
         for part, units in chosen.items():
-            grad = part.mean_pending()
-            part.choose(units)
-            part.receive(grad)
+            part.settle(units)
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Write what an optimizer of ours has just stepped into the weights.

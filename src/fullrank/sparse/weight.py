@@ -57,10 +57,11 @@ class SparseWeight:
         self._touched: Tensor | None = None
         self._base: Tensor | None = None
 
-    def receive(self, grad: Tensor) -> None:
-        """Add the chosen part of a dense gradient (shape of the weight) to the values' gradient."""
-        index = self._index_here()
-        compact = sparse.take(grad.detach(), index, self.layout).to(self.values.dtype)
+    def receive(self, grad: Tensor, *, num_steps: int = 1) -> None:
+        """Add the chosen part of a dense gradient, divided by the steps it was held for, to the values' gradient."""
+        compact = sparse.take(grad.detach(), self._index_here(), self.layout).to(self.values.dtype)
+        if num_steps > 1:
+            compact.div_(num_steps)
         if self.values.grad is None:
             self.values.grad = compact
         else:
@@ -74,10 +75,12 @@ class SparseWeight:
             self.pending.add_(grad)
         self.num_pending += 1
 
-    def mean_pending(self) -> Tensor:
-        """The held gradient, for one step: averaged over the steps that have passed while it was held."""
-        assert self.pending is not None
-        return self.pending / (self.steps - self._pending_since + 1)
+    def settle(self, units: Tensor) -> None:
+        """Close an open choice with these units, and use what was held: its mean over the steps that waited for it."""
+        held, num_steps = self.pending, self.steps - self._pending_since + 1
+        assert held is not None
+        self.choose(units)
+        self.receive(held, num_steps=num_steps)
 
     def waiting(self) -> tuple[Tensor, int, int, int]:
         """What to save of a choice that is still open."""
