@@ -157,6 +157,9 @@ class SIFT(SparseTraining):
         trained, total = self.get_trainable_num(), self.total_num
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")  # noqa: T201
 
+    def set_trainer(self, trainer: Any) -> None:
+        """Accepted so that the authors' scripts run: nothing here depends on a trainer."""
+
     def describe(self) -> str:
         """One line: what trains sparsely, densely, and not at all."""
         sparsely = sum(part.values.numel() for part in self.weights)
@@ -167,7 +170,7 @@ class SIFT(SparseTraining):
         )
 
     def choose_open(self) -> None:
-        """Choose for every weight that has seen enough: the top units by their score (section 3 of the paper)."""
+        """Choose for every weight that has seen enough: the units with the highest scores."""
         enough = self.settings["selection_batches"]
         open_parts = [part for part in self.weights if part.choosing and part.values.idx is part.index]
         ready = [part for part in open_parts if part.num_pending >= enough]

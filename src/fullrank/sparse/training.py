@@ -131,8 +131,7 @@ class SparseTraining(ABC):
             state = optimizer.state[part.values]
             part.refuse_foreign(state)
             part.owner = weakref.ref(optimizer)
-            part.steps += 1
-            part.write_back()
+            part.end_step()
             if part.index is not None and (state or part.values.grad is not None):
                 part.keep_with(state)
             if part.index is not None and self._is_due(part):

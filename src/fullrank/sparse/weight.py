@@ -53,15 +53,17 @@ class SparseWeight:
         self.num_pending = 0
         self.choosing = True
         self._pending_since = 0
+        self._num_held = 1
+        """Steps whose gradients the step at hand takes together, as their mean."""
         self._kept: Tensor | None = None
         self._touched: Tensor | None = None
         self._base: Tensor | None = None
 
-    def receive(self, grad: Tensor, *, num_steps: int = 1) -> None:
-        """Add the chosen part of a dense gradient, divided by the steps it was held for, to the values' gradient."""
+    def receive(self, grad: Tensor) -> None:
+        """Add the chosen part of a dense gradient (shape of the weight) to the values' gradient."""
         compact = sparse.take(grad.detach(), self._index_here(), self.layout).to(self.values.dtype)
-        if num_steps > 1:
-            compact.div_(num_steps)
+        if self._num_held > 1:
+            compact.div_(self._num_held)
         if self.values.grad is None:
             self.values.grad = compact
         else:
@@ -77,10 +79,11 @@ class SparseWeight:
 
     def settle(self, units: Tensor) -> None:
         """Close an open choice with these units, and use what was held: its mean over the steps that waited for it."""
-        held, num_steps = self.pending, self.steps - self._pending_since + 1
+        held = self.pending
         assert held is not None
         self.choose(units)
-        self.receive(held, num_steps=num_steps)
+        self._num_held = self.steps - self._pending_since + 1
+        self.receive(held)
 
     def waiting(self) -> tuple[Tensor, int, int, int]:
         """What to save of a choice that is still open."""
@@ -136,7 +139,15 @@ class SparseWeight:
         Raises:
             ConfigError: If they are not whole numbers, out of bounds or repeated.
         """
-        units, grid = torch.as_tensor(given), self.layout.grid
+        grid = self.layout.grid
+        try:
+            units = (
+                torch.stack([torch.as_tensor(row) for row in given]) if _is_nested(given) else torch.as_tensor(given)
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"idx of {self.name} must hold whole numbers, got {type(given).__name__}: {error}"
+            ) from None
         if units.is_floating_point() or units.is_complex() or units.dtype == torch.bool or units.ndim not in (1, 2):
             raise ConfigError(
                 f"idx of {self.name} must hold whole numbers, flat or stacked per dimension ({len(grid)} x K), got "
@@ -163,8 +174,13 @@ class SparseWeight:
         return units
 
     @torch.no_grad()
-    def write_back(self) -> None:
-        """Write the values into the weight, in place."""
+    def end_step(self) -> None:
+        """After an optimizer's step: write the values into the weight, in place."""
+        self.steps += 1
+        self._num_held = 1
+        self._write_back()
+
+    def _write_back(self) -> None:
         if self.index is not None:
             sparse.put_(self.weight.detach(), self._index_here(), self.values.detach(), self.layout)
 
@@ -228,6 +244,7 @@ class SparseWeight:
         self.index = self.values.idx = self._touched = self._base = self._kept = None
         self.values.grad = self.pending = None
         self.num_pending = self.steps = 0
+        self._num_held = 1
         self.choosing = True
 
     def after_copy(self, original: SparseWeight, optimizer: torch.optim.Optimizer | None) -> None:
@@ -251,7 +268,7 @@ class SparseWeight:
         self.values.idx, self.num_units = self.index, len(self.index)
         self.values.train_num = self.num_units
         self.choosing, self.pending, self.num_pending = False, None, 0
-        self.write_back()
+        self._write_back()
 
     def _remember(self, new: Tensor) -> None:
         """Note what the newly chosen entries are before they train, on the host."""
@@ -292,3 +309,8 @@ class SparseWeight:
             for key, value in self._state().items()
             if torch.is_tensor(value) and not key.startswith(GUEST) and value.shape == self.values.shape
         }
+
+
+def _is_nested(given: Any) -> bool:
+    """Whether these are rows, one a dimension, as ``numpy.unravel_index`` returns them."""
+    return isinstance(given, tuple | list) and any(hasattr(row, "__len__") and len(row) for row in given)
