@@ -1,7 +1,7 @@
 """Time and memory of a training step: SIFT, full AdamW, PEFT's LoRA, SHiRA and SuperTuning, the authors' SIFT.
 
 A LLaMA with random weights and random tokens, float32; every sparse or low-rank method trains the same
-share of the same matrices. Times: all variants live in one process and take their steps in turn, each round
+share of the same matrices. "Forward and backward" is what every method with dense gradients has to do. Times: all variants live in one process and take their steps in turn, each round
 starting with the next one; medians are shown, quartiles kept. Memory: a fresh process for each variant,
 its peak resident size after five steps minus the size before the model is made.
 
@@ -138,7 +138,16 @@ def authors(args: argparse.Namespace, layers: int) -> Stepper:
     return model, adamw(trained), sum(p.numel() for p in trained)
 
 
+def bound(args: argparse.Namespace, layers: int) -> Stepper:
+    """The forward and backward pass with dense gradients of the same matrices, and no optimizer."""
+    model = make_model(args, layers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in MATRICES))
+    return model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))]), 0
+
+
 VARIANTS: dict[str, Callable[[argparse.Namespace, int], Stepper]] = {
+    "forward and backward": bound,
     "full AdamW": full,
     "SIFT, entry": ours("entry"),
     "SIFT, row": ours("row"),
