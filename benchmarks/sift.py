@@ -1,9 +1,10 @@
 """Time and memory of a training step: SIFT, full AdamW, PEFT's LoRA, SHiRA and SuperTuning, the authors' SIFT.
 
-A LLaMA with random weights and random tokens, float32; every sparse or low-rank method trains the same
-share of the same matrices. "Forward and backward" is what every method with dense gradients has to do. Times: all variants live in one process and take their steps in turn, each round
-starting with the next one; medians are shown, quartiles kept. Memory: a fresh process for each variant,
-its peak resident size after five steps minus the size before the model is made.
+A LLaMA with random weights and random tokens, float32; every sparse or low-rank method trains the same share
+of the same matrices. "Forward and backward" is what a method with dense gradients has to do at least.
+Times: all variants live in one process and take their steps in turn, each round starting with the next one;
+medians are shown, quartiles kept. Memory: a fresh process for each variant, its peak resident size over five
+steps minus the size before the model is made.
 
     python benchmarks/sift.py --layers 8 24 --rounds 15 --threads 2
     python benchmarks/sift.py --authors path/to/SIFT/sift/sift.py

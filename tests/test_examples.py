@@ -27,3 +27,14 @@ def test_plain_torch_learns_digits_with_a_tenth_of_the_state() -> None:
 def test_hf_trainer_resumes_to_the_same_weights() -> None:
     first, second = re.findall(r"weights sum to ([-\d.]+) after 60 steps", run("hf_trainer.py"))
     assert first == second
+
+
+def test_sift_learns_with_a_hundredth_of_the_entries_and_saves_a_small_file() -> None:
+    printed = run("sift_glue.py")
+    before, after = [float(value) for value in re.findall(r"accuracy (?:before|after): ([\d.]+)%", printed)]
+    assert before < 70.0
+    assert after > 95.0
+    adapter, model = re.findall(r"adapter: ([\d,]+) bytes, the model: ([\d,]+) bytes", printed)[0]
+    assert int(adapter.replace(",", "")) * 10 < int(model.replace(",", ""))
+    same, of = re.findall(r"(\d+) of (\d+) predictions the same", printed)[0]
+    assert int(same) >= 0.99 * int(of)
