@@ -190,21 +190,16 @@ class SIFT(SparseTraining):
         for part, units in chosen.items():
             part.settle(units)
 
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write what an optimizer of ours has just stepped into the weights.
-
-        Raises:
-            ConfigError: If the choice waits for weights that took no part in the batches that decide.
-        """
-        if self.settings["scope"] == "model":
-            open_parts = [part for part in self.weights if part.choosing]
-            late = [part.name for part in open_parts if part.pending is None]
-            if late and any(part.num_pending >= self.settings["selection_batches"] for part in open_parts):
-                raise ConfigError(
-                    f"scope model compares the gradients of all targets, and {len(late)} had none, first {late[0]}. "
-                    "Leave them out of the targets, or use scope matrix."
-                )
-        super().stepped(optimizer)
+    def refuse_stuck(self) -> None:
+        """Raise ConfigError if the choice waits for weights that took no part in the batches that decide."""
+        open_parts = [part for part in self.weights if part.choosing and part.values.idx is part.index]
+        late = [part.name for part in open_parts if part.pending is None]
+        decided = any(part.num_pending >= self.settings["selection_batches"] for part in open_parts)
+        if self.settings["scope"] == "model" and late and decided:
+            raise ConfigError(
+                f"scope model compares the gradients of all targets, and {len(late)} had none, first {late[0]}. "
+                "Leave them out of the targets, or use scope matrix."
+            )
 
     @torch.no_grad()
     def _scores(self, part: SparseWeight) -> Tensor:

@@ -77,6 +77,10 @@ class SparseTraining(ABC):
     def choose_open(self) -> None:
         """Choose for every weight whose choice is open and that holds enough gradient; called after each one."""
 
+    @abstractmethod
+    def refuse_stuck(self) -> None:
+        """Raise if an open choice can never be made; called after each step."""
+
     def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The plain model's parameters by name."""
         yield from ((part.name, part.weight) for part in self.weights)
@@ -87,7 +91,11 @@ class SparseTraining(ABC):
 
     def _on_gradient(self, part: SparseWeight, weight: nn.Parameter) -> None:
         grad, weight.grad = weight.grad, None
-        assert grad is not None
+        if grad is None:
+            raise UnsupportedError(
+                f"the gradient of {part.name} was not kept: a backward pass went through a graph from before its "
+                f"{part.layout.granularity}s were chosen. Go back through each graph before the next forward pass."
+            )
         if grad.layout != torch.strided:
             raise UnsupportedError(f"SIFT does not take sparse gradients, got one for {part.name}. Set sparse=False.")
         if not self.base:
@@ -123,6 +131,7 @@ class SparseTraining(ABC):
                 if p in self._by_values]  # fmt: skip
         if not mine:
             return
+        self.refuse_stuck()
         self._warn_if_idle([part for _, part in mine])
         for group in optimizer.param_groups:
             names = self._names(group)
@@ -151,8 +160,8 @@ class SparseTraining(ABC):
         was = [(group.get(GROUP) or {}).get("weights", names) for group, names in zip(saved_groups, now, strict=False)]
         if sizes[0] != sizes[1] or was != now:
             raise CheckpointError(
-                f"this state is of a SIFT on {_list(was)}, in groups of {sizes[0]} parameters; this one is on "
-                f"{_list(now)}, in groups of {sizes[1]}. Make it with the targets and exceptions it was saved with."
+                f"this state is for groups of {sizes[0]} parameters, this optimizer has {sizes[1]}; {_difference(was, now)}. "
+                "Make SIFT with the targets and exceptions it was saved with, and the groups in their order."
             )
         for saved_group, saved, part in self._pair(optimizer, state_dict):
             settings = saved_group.get(GROUP) or self.settings
@@ -234,7 +243,10 @@ class SparseTraining(ABC):
         return twin
 
 
-def _list(groups: list[list[str]]) -> str:
-    """The first names of some weights, and how many there are."""
-    names = [name for group in groups for name in group]
-    return f"{', '.join(names[:2])}{' ...' if len(names) > 2 else ''} ({len(names)} weights)"
+def _difference(was: list[list[str]], now: list[list[str]]) -> str:
+    """What sets two lists of sparse weights apart, by the first names."""
+    saved, here = ([name for group in groups for name in group] for groups in (was, now))
+    gone, new = ([n for n in a if n not in b] for a, b in ((saved, here), (here, saved)))
+    parts = [f"{names[0]} ({len(names)} in all) {where}" for names, where in ((gone, "only there"), (new, "only here"))
+             if names]  # fmt: skip
+    return ", ".join(parts) or "their order differs"
