@@ -160,8 +160,9 @@ class SparseTraining(ABC):
         was = [(group.get(GROUP) or {}).get("weights", names) for group, names in zip(saved_groups, now, strict=False)]
         if sizes[0] != sizes[1] or was != now:
             raise CheckpointError(
-                f"this state is for groups of {sizes[0]} parameters, this optimizer has {sizes[1]}; {_difference(was, now)}. "
-                "Make SIFT with the targets and exceptions it was saved with, and the groups in their order."
+                f"this state is for groups of {sizes[0]} parameters, this optimizer has {sizes[1]}: "
+                f"{_difference(was, now)}. Make SIFT with the targets and exceptions it was saved with, and the groups in "
+                "their order."
             )
         for saved_group, saved, part in self._pair(optimizer, state_dict):
             settings = saved_group.get(GROUP) or self.settings
@@ -244,9 +245,11 @@ class SparseTraining(ABC):
 
 
 def _difference(was: list[list[str]], now: list[list[str]]) -> str:
-    """What sets two lists of sparse weights apart, by the first names."""
+    """What sets the sparse weights of a saved state and of a SIFT apart, by the first names."""
     saved, here = ([name for group in groups for name in group] for groups in (was, now))
-    gone, new = ([n for n in a if n not in b] for a, b in ((saved, here), (here, saved)))
-    parts = [f"{names[0]} ({len(names)} in all) {where}" for names, where in ((gone, "only there"), (new, "only here"))
-             if names]  # fmt: skip
-    return ", ".join(parts) or "their order differs"
+    gone, new = ([name for name in a if name not in b] for a, b in ((saved, here), (here, saved)))
+    if gone or new:
+        sides = ((gone, "only there"), (new, "only here"))
+        return ", ".join(f"{names[0]} ({len(names)} in all) {side}" for names, side in sides if names)
+    moved = [f"{a} stands where this one has {b}" for a, b in zip(saved, here, strict=True) if a != b]
+    return moved[0] if moved else f"this SIFT is on {here[0]} ({len(here)} in all)"
