@@ -160,9 +160,9 @@ class SparseTraining(ABC):
         was = [(group.get(GROUP) or {}).get("weights", names) for group, names in zip(saved_groups, now, strict=False)]
         if sizes[0] != sizes[1] or was != now:
             raise CheckpointError(
-                f"this state is for groups of {sizes[0]} parameters, this optimizer has {sizes[1]}: "
-                f"{_difference(was, now)}. Make SIFT with the targets and exceptions it was saved with, and the groups in "
-                "their order."
+                f"this state is for other weights or groups (of {sizes[0]} parameters, here {sizes[1]}): "
+                f"{_difference(was, now)}. Make SIFT with the targets and exceptions it was saved with, and "
+                "the groups in that order."
             )
         for saved_group, saved, part in self._pair(optimizer, state_dict):
             settings = saved_group.get(GROUP) or self.settings
