@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fullrank.analysis.gradient_sparsity import GradientSparsity, Shares
 from fullrank.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by colour-blind readers; every kind of line also has a style of its own.
 WEIGHT, ALL, BY_MATRIX, CLAIM, GAUSSIAN = "#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#555555"
@@ -25,27 +28,40 @@ def draw(panels: Mapping[str, GradientSparsity], path: str | Path) -> Path:
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib needs it too
     except ImportError as error:
         raise UnsupportedError("drawing needs matplotlib. Install it: pip install 'fullrank[report]'") from error
+    canvas: Any = FigureCanvasAgg(make_figure(panels))  # its methods are without types
+    canvas.draw()
+    # Thin translucent lines have thousands of colours; a palette makes the file a third of the size.
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    image.convert("RGB").quantize(128).save(path, "PNG", optimize=True)
+    return Path(path)
+
+
+def make_figure(panels: Mapping[str, GradientSparsity]) -> Figure:
+    """The figure that :func:`draw` saves, at most two panels in a row."""
+    from matplotlib.figure import Figure
+
     if not panels:
         raise ConfigError("panels must hold at least one measurement, got none.")
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1 + 4.3 * columns, 0.9 + 3.3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(1 + 4.3 * columns, 0.9 + 3.3 * rows), dpi=110, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     places = list(grid.flat)
     for axes, (title, measured) in zip(places, panels.items(), strict=False):
         _draw_panel(axes, measured, title)
     for axes in places[len(panels) :]:
         axes.remove()
-    figure.supxlabel("density: share of the entries kept, largest first (%)", fontsize="medium")
-    figure.supylabel("share of the gradient's L2 norm (%)", fontsize="medium")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of the gradient's L2 norm (%)")
+    for axes in places[max(len(panels) - columns, 0) : len(panels)]:  # the lowest of each column
+        axes.set_xlabel("density: share of the entries, largest first (%)")
+        axes.tick_params(labelbottom=True)
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns + 1, frameon=False, fontsize="small")
-    figure.savefig(path, dpi=110)
-    return Path(path)
+    return figure
 
 
 def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
@@ -62,12 +78,18 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
         line(shares, color=WEIGHT, linewidth=0.7, alpha=0.5, label=label)
     assert measured.model.shares is not None  # summarise refuses a gradient of zeros
     assert measured.by_matrix.shares is not None
-    line(measured.model.shares, color=ALL, linewidth=2.6, label="all, the largest of all")
-    line(measured.by_matrix.shares, color=BY_MATRIX, linewidth=1.6, linestyle="--", label="all, the largest of each")
+    line(measured.model.shares, color=ALL, linewidth=2.6, label="all weights, largest of all")
+    line(
+        measured.by_matrix.shares, color=BY_MATRIX, linewidth=1.6, linestyle="--", label="all weights, largest of each"
+    )
     gaussian = [100 * gaussian_norm_share(density / 100) for density in x]
     axes.plot(x, gaussian, color=GAUSSIAN, linewidth=1.2, linestyle=":", label="entries of a Gaussian")
     axes.axvline(1, color=CLAIM, linewidth=0.9)
     axes.plot([1], [99], "x", color=CLAIM, markersize=9, markeredgewidth=2.4, label="SIFT's paper: 1% hold 99%")
+    if 0.01 in measured.densities:
+        share = 100 * measured.model.shares.norm[measured.densities.index(0.01)]
+        axes.plot([1], [share], "o", color=ALL, markersize=6)
+        axes.annotate(f"{share:.0f}%", (1, share), (7, -13), textcoords="offset points", color=ALL, weight="bold")
     axes.set(xscale="log", xlim=(x[0], 100), ylim=(0, 103), title=title)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)

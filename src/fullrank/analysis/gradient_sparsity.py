@@ -203,10 +203,9 @@ def _combined(rows: Sequence[Row], num_densities: int) -> Row:
 
 
 def _magnitudes(gradient: Tensor | Sequence[Tensor]) -> Tensor:
-    """Absolute values as one vector, at least float32."""
+    """Absolute values as one vector."""
     parts = [gradient] if isinstance(gradient, Tensor) else list(gradient)
-    flat = [part.detach().reshape(-1).to(torch.promote_types(part.dtype, torch.float32)).abs() for part in parts]
-    return torch.cat(flat) if flat else torch.empty(0)
+    return torch.cat([part.detach().reshape(-1).abs() for part in parts]) if parts else torch.empty(0)
 
 
 def _check_densities(densities: Sequence[float]) -> None:

@@ -6,6 +6,7 @@ decay by name see them; a hook keeps them out of the model's ``state_dict``, whi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -45,7 +46,7 @@ class Seat:
 
     def listen(self, receiver: Receiver) -> None:
         """Hand every accumulated gradient of the weight to the receiver."""
-        hook = partial(receiver, self.sparse)
+        hook = _weakly(receiver, self.sparse)
         if not self.is_sliced:
             self._listening = self.sparse.weight.register_post_accumulate_grad_hook(hook)
         else:  # a frozen tensor takes no hook
@@ -81,6 +82,18 @@ class Seat:
                 "old one. Load before SIFT is made, or without assign."
             )
         self.sparse.read_again()
+
+
+def _weakly(receiver: Receiver, sparse: SparseWeight) -> Callable[[nn.Parameter], None]:
+    """A hook that keeps nothing alive: autograd holds hooks where the garbage collector cannot see a cycle."""
+    receive, held = weakref.WeakMethod(receiver), weakref.ref(sparse)
+
+    def hook(weight: nn.Parameter) -> None:
+        alive, part = receive(), held()
+        if alive is not None and part is not None:
+            alive(part, weight)
+
+    return hook
 
 
 def find_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:

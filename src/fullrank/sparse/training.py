@@ -118,6 +118,7 @@ class SparseTraining(ABC):
         refuse_several_processes("SIFT")
         for seat in self._seats:
             part = seat.sparse
+            part.catch_up()
             if seat.is_sliced:
                 part.given_units()  # no gradient hook is called that would notice an assignment
             if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:

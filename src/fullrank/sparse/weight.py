@@ -56,6 +56,8 @@ class SparseWeight:
         self._num_held = 1
         """Steps whose gradients the step at hand takes together, as their mean."""
         self._kept: Tensor | None = None
+        self._written = self.values._version
+        """Version of the values that the weight holds."""
         self._touched: Tensor | None = None
         self._base: Tensor | None = None
 
@@ -180,7 +182,14 @@ class SparseWeight:
         self._num_held = 1
         self._write_back()
 
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Write the values into the weight if they have changed since, as they do in the middle of an L-BFGS step."""
+        if self.values._version != self._written:
+            self._write_back()
+
     def _write_back(self) -> None:
+        self._written = self.values._version
         if self.index is not None:
             sparse.put_(self.weight.detach(), self._index_here(), self.values.detach(), self.layout)
 
@@ -251,7 +260,7 @@ class SparseWeight:
         """Mend what a deep copy leaves out: attributes of a parameter, and the copied optimizer."""
         same = original.values.idx is original.index
         self.values.idx = self.index if same else copy.deepcopy(original.values.idx)
-        self.values.train_num = self.num_units
+        self.values.train_num, self._written = self.num_units, self.values._version
         self.owner = weakref.ref(optimizer) if optimizer is not None else None
 
     @torch.no_grad()
