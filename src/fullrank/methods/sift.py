@@ -72,6 +72,7 @@ class SIFT(SparseTraining):
         block_size: Side of a block (entries); divides both sides of each matched matrix.
         reselect_every: Choose again every so many optimizer steps; what stays keeps its moments. None: never.
         seed: Seed of a random choice.
+        keep_base: Keep what every entry was before it trained (in host memory), which ``save_adapter`` needs.
 
     Raises:
         ConfigError: A pattern without a match, a value out of bounds, a weight that cannot be trained so.
@@ -94,6 +95,7 @@ class SIFT(SparseTraining):
         block_size: int = 32,
         reselect_every: int | None = None,
         seed: int = 0,
+        keep_base: bool = True,
     ) -> None:
         refuse_several_processes("SIFT")
         self.chooser = selection if callable(selection) else None
@@ -106,13 +108,16 @@ class SIFT(SparseTraining):
             "block_size": block_size,
             "reselect_every": reselect_every,
             "seed": seed,
+            "keep_base": keep_base,
         }
         if problems := setting_problems(settings):
             raise ConfigError(" ".join(problems))
         targets, dense, frozen = divide(model, sparse_module, exception)
         layouts = {name: layout_of(model, name, weight, granularity, block_size) for name, weight in targets.items()}
         weights = [
-            SparseWeight(name, weight, layouts[name], num_chosen(sparse_rate, layouts[name].num_units))
+            SparseWeight(
+                name, weight, layouts[name], num_chosen(sparse_rate, layouts[name].num_units), keep_base=keep_base
+            )
             for name, weight in targets.items()
         ]
         super().__init__(
@@ -216,8 +221,10 @@ class SIFT(SparseTraining):
         """Write what training changed as a small file (4 + 2 bytes an entry in bfloat16); returns its bytes.
 
         Raises:
-            ConfigError: If nothing has trained yet, or dtype is neither bfloat16 nor float32.
+            ConfigError: If nothing has trained yet, ``keep_base`` is off, or dtype is neither bfloat16 nor float32.
         """
+        if not self.settings["keep_base"]:
+            raise ConfigError("an adapter needs what the entries were before training. Make SIFT with keep_base=True.")
         if not self.base:
             raise ConfigError("there is nothing to save: no gradient has been seen yet. Train first.")
         changes = {part.name: Change(*part.delta(), part.layout) for part in self.weights if part.index is not None}
@@ -280,6 +287,8 @@ class SiftConfig(AdamConfig):
     """Optimizer steps after which the choice is made anew; null: never (the paper's)."""
     seed: int = 0
     """Seed of a random choice."""
+    keep_base: bool = True
+    """Keep what every entry was before it trained (in host memory), which the run's adapter is made from."""
 
 
 def build(model: nn.Module, config: SiftConfig) -> Built:
@@ -298,6 +307,7 @@ def build(model: nn.Module, config: SiftConfig) -> Built:
         block_size=config.block_size,
         reselect_every=config.reselect_every,
         seed=config.seed,
+        keep_base=config.keep_base,
         gradient_checkpointing=True,
     )
     betas = (config.betas[0], config.betas[1])
@@ -309,18 +319,21 @@ def build(model: nn.Module, config: SiftConfig) -> Built:
         weight_decay=config.weight_decay,
         fused=True,
     )
-    return Built(optimizer, save_adapter=sift.save_adapter)
+    return Built(optimizer, save_adapter=sift.save_adapter if config.keep_base else None)
 
 
 def state_bytes(model: nn.Module, config: SiftConfig) -> int:
-    """Two moments, values, index and record of the chosen entries; AdamW's two moments of the exceptions."""
+    """Two moments, values, index and record of the chosen entries; AdamW's two moments of the exceptions.
+
+    With ``reselect_every`` and ``keep_base`` the record grows in host memory by every entry that trains for a time.
+    """
     targets, dense, _ = divide(model, config.target_modules, config.exception)
     total = sum(2 * p.numel() * p.element_size() + 4 for p in dense.values())
     for name, weight in targets.items():
         layout = layout_of(model, name, weight, config.granularity, config.block_size)
         units = num_chosen(config.density, layout.num_units)
         value = torch.promote_types(weight.dtype, torch.float32).itemsize
-        total += units * layout.unit_numel * (3 * value + weight.element_size())
+        total += units * layout.unit_numel * (3 * value + (weight.element_size() if config.keep_base else 0))
         total += units * layout.index_dtype.itemsize + 4
     return total
 

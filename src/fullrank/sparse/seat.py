@@ -55,7 +55,16 @@ class Seat:
             self.sparse.weight.requires_grad_(False)
 
     def slice(self) -> None:
-        """From now on compute the weight gradient of the chosen rows or blocks alone."""
+        """From now on compute the weight gradient of the chosen rows or blocks alone.
+
+        Raises:
+            UnsupportedError: If something else has replaced the module's forward pass, as offloading hooks do.
+        """
+        if "forward" in vars(self.module):
+            raise UnsupportedError(
+                f"the forward pass of {self.sparse.name} was replaced already (by a device map or offloading?), so its "
+                f"{self.sparse.layout.granularity}s cannot be sliced. Use granularity entry."
+            )
         self.sparse.weight.requires_grad_(False)
         self.module.forward = partial(_sliced_forward, self.module, self.sparse)
         self.is_sliced = True
@@ -72,15 +81,28 @@ class Seat:
         self.unslice()
         for handle in (*self._handles, self._listening):
             handle.remove()
-        self.module._parameters.pop(self.attribute + SUFFIX, None)
+        del self.module._parameters[self.attribute + SUFFIX]
         self.sparse.weight.requires_grad_(self.was_trainable)
 
-    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if getattr(module, self.attribute) is not self.sparse.weight:
+    def check(self) -> None:
+        """Refuse to train what is no longer the module's weight, or values that a cast has rounded.
+
+        Raises:
+            UnsupportedError: Says which, and what to do.
+        """
+        if getattr(self.module, self.attribute) is not self.sparse.weight:
             raise UnsupportedError(
-                f"{self.sparse.name} was replaced, not overwritten, by load_state_dict(assign=True): SIFT trains the "
-                "old one. Load before SIFT is made, or without assign."
+                f"{self.sparse.name} was replaced (by tying, resizing or load_state_dict(assign=True)), and SIFT "
+                "trains the old one. Do that before SIFT is made, or call detach() and make a new one."
             )
+        if self.sparse.index is not None and self.sparse.values.dtype != self.sparse.values_dtype:
+            raise UnsupportedError(
+                f"the values of {self.sparse.name} were cast to {self.sparse.values.dtype} after training had begun, "
+                "which rounds them. Cast the model before SIFT is made, or call detach() first."
+            )
+
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self.check()
         self.sparse.read_again()
 
 
@@ -176,5 +198,7 @@ def _fill_in(attribute: str, module: nn.Module, state_dict: dict[str, Any], pref
 
 
 def _sliced_forward(module: Any, sparse: SparseWeight, input: Tensor) -> Any:
+    if module.weight is not sparse.weight:  # someone lends the module another one, as functional_call does
+        return type(module).forward(module, input)
     function: Any = SlicedLinear  # autograd functions carry no types
     return function.apply(input, sparse.weight, module.bias, sparse.values, sparse.index, sparse.layout)

@@ -116,8 +116,16 @@ class SparseTraining(ABC):
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         refuse_several_processes("SIFT")
+        is_training = module.training and torch.is_grad_enabled()
         for seat in self._seats:
             part = seat.sparse
+            if is_training:
+                seat.check()
+            if getattr(module, "_is_replica", False) and part.layout.granularity != "entry":
+                raise UnsupportedError(
+                    f"{part.layout.granularity}s cannot be sliced under nn.DataParallel, which the Trainer uses where "
+                    "it sees several GPUs. Set CUDA_VISIBLE_DEVICES to one, or use granularity entry."
+                )
             part.catch_up()
             if seat.is_sliced:
                 part.given_units()  # no gradient hook is called that would notice an assignment
@@ -223,14 +231,14 @@ class SparseTraining(ABC):
             )
 
     def detach(self) -> None:
-        """Leave the model as a plain one, with its trained weights; this SIFT is then done."""
+        """Leave the model as a plain one, with its trained weights; this SIFT is then done: steps have no effect."""
         for seat in self._seats:
             seat.leave()
         for handle in self._handles:
             handle.remove()
         for parameter, trained in self._trained.items():
             parameter.requires_grad_(trained)
-        self._by_values = {}
+        self._by_values, self._handles, self._trained, self._seats = {}, [], {}, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that trains the copied model: hooks on tensors are not copied by torch."""

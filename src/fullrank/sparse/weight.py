@@ -34,11 +34,15 @@ class SparseWeight:
     units, None before the first backward pass; what is assigned to it before that is the choice.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, layout: Layout, num_units: int) -> None:
+    def __init__(
+        self, name: str, weight: nn.Parameter, layout: Layout, num_units: int, *, keep_base: bool = True
+    ) -> None:
         self.name = name
         self.weight = weight
         self.layout = layout
         self.num_units = num_units
+        self.keep_base = keep_base
+        """Whether what the entries were before they trained is kept, from which a small file is written."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         values: Any = nn.Parameter(weight.detach().new_zeros(num_units * layout.unit_numel, dtype=dtype))
         values.idx, values.train_num = None, num_units
@@ -58,6 +62,8 @@ class SparseWeight:
         self._kept: Tensor | None = None
         self._written = self.values._version
         """Version of the values that the weight holds."""
+        self._seen = weight._version
+        """Version of the weight that the values were read from or written to."""
         self._touched: Tensor | None = None
         self._base: Tensor | None = None
 
@@ -102,7 +108,7 @@ class SparseWeight:
         """Train these units (sorted) from now on; values and moments of those that stay are kept."""
         new = units.to(device=self.weight.device, dtype=self.layout.index_dtype)
         old, size = self.index, self.layout.unit_numel
-        values = sparse.take(self.weight.detach(), new, self.layout).to(self._values_dtype())
+        values = sparse.take(self.weight.detach(), new, self.layout).to(self.values_dtype)
         if old is not None:
             old = self._index_here()
             stay = sparse.shared_units(old, new)
@@ -184,7 +190,9 @@ class SparseWeight:
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Write the values into the weight if they have changed since, as they do in the middle of an L-BFGS step."""
+        """Follow a weight that was edited; write values that have changed, as in the middle of an L-BFGS step."""
+        if self.weight._version != self._seen:
+            self.read_again()
         if self.values._version != self._written:
             self._write_back()
 
@@ -192,10 +200,12 @@ class SparseWeight:
         self._written = self.values._version
         if self.index is not None:
             sparse.put_(self.weight.detach(), self._index_here(), self.values.detach(), self.layout)
+        self._seen = self.weight._version
 
     @torch.no_grad()
     def read_again(self) -> None:
         """Take the values from a weight that was loaded, where they are not what they round to already."""
+        self._seen = self.weight._version
         if self.index is None:
             return
         found = sparse.take(self.weight.detach(), self._index_here(), self.layout)
@@ -217,8 +227,9 @@ class SparseWeight:
     def keep_with(self, state: dict[str, Any]) -> None:
         """Put index, values and record beside an optimizer's own state of the values."""
         self._kept = self._index_here()
-        state[INDEX], state[VALUES] = self._kept, self.values.detach()
-        state[TOUCHED], state[BASE], state[STEPS] = self._touched, self._base, self.steps
+        state[INDEX], state[VALUES], state[STEPS] = self._kept, self.values.detach(), self.steps
+        if self.keep_base:
+            state[TOUCHED], state[BASE] = self._touched, self._base
 
     def refuse_foreign(self, state: dict[str, Any]) -> None:
         """Refuse a state that came to the optimizer without this SIFT knowing of it."""
@@ -235,7 +246,8 @@ class SparseWeight:
             CheckpointError: If it holds no index, or one for another weight, granularity or density.
         """
         hint = "Build the model and SIFT as they were when it was saved."
-        if not {INDEX, VALUES, BASE, TOUCHED, STEPS} <= saved.keys():
+        needed = {INDEX, VALUES, STEPS} | ({BASE, TOUCHED} if self.keep_base else set())
+        if not needed <= saved.keys():
             raise CheckpointError(
                 f"this optimizer state holds no index for {self.name}: it was not trained by SIFT. {hint}"
             )
@@ -268,11 +280,12 @@ class SparseWeight:
         """Go on from a saved state, bit for bit."""
         device = self.weight.device
         self.index = saved[INDEX].to(device=device, dtype=self.layout.index_dtype, copy=True)
-        same = torch.equal(saved[TOUCHED].cpu(), saved[INDEX].cpu())
-        self._touched = self.index if same else saved[TOUCHED].to(device=device, copy=True)
-        self._base = saved[BASE].to("cpu", copy=True)
+        if self.keep_base:
+            same = torch.equal(saved[TOUCHED].cpu(), saved[INDEX].cpu())
+            self._touched = self.index if same else saved[TOUCHED].to("cpu", copy=True)
+            self._base = saved[BASE].to("cpu", copy=True)
         self.steps = int(saved[STEPS])
-        self.values.data = saved[VALUES].to(device=device, dtype=self._values_dtype(), copy=True)
+        self.values.data = saved[VALUES].to(device=device, dtype=self.values_dtype, copy=True)
         self.values.grad = None
         self.values.idx, self.num_units = self.index, len(self.index)
         self.values.train_num = self.num_units
@@ -281,6 +294,8 @@ class SparseWeight:
 
     def _remember(self, new: Tensor) -> None:
         """Note what the newly chosen entries are before they train, on the host."""
+        if not self.keep_base:
+            return
         if self._touched is None or self._base is None:
             self._touched = new
             self._base = sparse.take(self.weight.detach(), new, self.layout).cpu()
@@ -292,7 +307,7 @@ class SparseWeight:
             return
         base = sparse.take(self.weight.detach(), fresh, self.layout).cpu()
         together, order = torch.cat((touched, fresh)).sort()
-        self._touched = together
+        self._touched = together.cpu()
         self._base = torch.cat((self._base, base)).view(-1, size)[order.cpu()].view(-1)
 
     def _index_here(self) -> Tensor:
@@ -304,7 +319,9 @@ class SparseWeight:
             self._touched = self.index if same else self._touched
         return self.index
 
-    def _values_dtype(self) -> torch.dtype:
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """float32, or float64 for float64 weights."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def _state(self) -> dict[str, Any]:
