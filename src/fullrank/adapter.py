@@ -30,6 +30,8 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLE = 64
 """Entries of a parameter that its fingerprint is made of."""
+SPREAD = 2654435761
+"""Step between them, modulo their number: 2^32 over the golden ratio, so that they lie in all rows and columns."""
 STACK = "_sparse_adapters"
 """Attribute of a model: the adapters on it, in order, and the fingerprint of the bare model."""
 
@@ -54,7 +56,7 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     samples = []
     for parameter in parameters.values():
         count = min(SAMPLE, parameter.numel())
-        places = torch.arange(count, device=parameter.device) * (parameter.numel() // max(count, 1))
+        places = torch.arange(count, device=parameter.device) * SPREAD % max(parameter.numel(), 1)
         taken = sparse.take(parameter.detach(), places, Layout(tuple(parameter.shape)))
         samples.append(taken.to(torch.bfloat16).view(torch.int16))
     hashes = {}

@@ -47,7 +47,7 @@ def make_figure(panels: Mapping[str, GradientSparsity]) -> Figure:
         raise ConfigError("panels must hold at least one measurement, got none.")
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1 + 4.3 * columns, 0.9 + 3.3 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(1 + 4.3 * columns, 0.9 + 3.1 * rows), dpi=110, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     places = list(grid.flat)
     for axes, (title, measured) in zip(places, panels.items(), strict=False):
@@ -74,8 +74,7 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
 
     drawn = [row.shares for row in measured.weights if row.shares]
     for number, shares in enumerate(drawn):
-        label = f"one weight ({len(drawn)})" if number == 0 else None
-        line(shares, color=WEIGHT, linewidth=0.7, alpha=0.5, label=label)
+        line(shares, color=WEIGHT, linewidth=0.8, alpha=0.6, label="each weight" if number == 0 else None)
     assert measured.model.shares is not None  # summarise refuses a gradient of zeros
     assert measured.by_matrix.shares is not None
     line(measured.model.shares, color=ALL, linewidth=2.6, label="all weights, largest of all")
@@ -89,8 +88,17 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
     if 0.01 in measured.densities:
         share = 100 * measured.model.shares.norm[measured.densities.index(0.01)]
         axes.plot([1], [share], "o", color=ALL, markersize=6)
-        axes.annotate(f"{share:.0f}%", (1, share), (7, -13), textcoords="offset points", color=ALL, weight="bold")
-    axes.set(xscale="log", xlim=(x[0], 100), ylim=(0, 103), title=title)
+        axes.annotate(
+            f"{share:.0f}%",
+            (1, share),
+            (8, -15),
+            textcoords="offset points",
+            color=ALL,
+            weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
+    axes.set(xscale="log", xlim=(x[0], 100), ylim=(0, 103))
+    axes.set_title(title, fontsize="medium")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
