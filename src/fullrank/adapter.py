@@ -187,7 +187,8 @@ class SparseAdapter:
             name = self.description["model"]["name"]
             raise ConfigError(
                 f"this adapter was trained from another base{f' ({name})' if name else ''}: {len(set(wrong))} of its "
-                f"{len(base)} weights differ, first {wrong[0]}{missing}. Load that base; nothing was changed."
+                f"{len({*base, *shapes})} weights differ, first {wrong[0]}{missing}. Load that base; nothing was "
+                "changed."
             )
 
     def _put_on(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

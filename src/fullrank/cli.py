@@ -101,7 +101,7 @@ def pretrain(arguments: list[str]) -> int:
                 "--resume takes its configuration and folder from the run. Leave out --config, --output_dir."
             )
         overrides["output_dir"] = str(flags.resume)
-    if str(recipe).startswith("finetune/"):
+    if recipe is not None and "finetune" in Path(recipe).parts:
         raise ConfigError(
             f"{recipe} describes a fine-tuning run: its data needs prompts or labels, which `pretrain` does not make. "
             f"Read it with: fullrank recipes show {recipe}"

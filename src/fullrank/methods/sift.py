@@ -31,6 +31,7 @@ from fullrank.methods.base import AdamConfig, Built, Method
 from fullrank.ops import sparse
 from fullrank.optimizer import adam_problems, is_number
 from fullrank.sharding import refuse_several_processes
+from fullrank.sparse.given import parse_units
 from fullrank.sparse.seat import SUFFIX, divide, layout_of
 from fullrank.sparse.training import SparseTraining
 from fullrank.sparse.weight import SparseWeight
@@ -170,8 +171,9 @@ class SIFT(SparseTraining):
         sparsely = sum(part.values.numel() for part in self.weights)
         of = sum(part.weight.numel() for part in self.weights)
         return (
-            f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train, chosen "
-            f"by {self.settings['selection']}; {len(self.dense)} weights train densely, {len(self.frozen)} are frozen"
+            f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train (first "
+            f"{self.weights[0].name}), chosen by {self.settings['selection']}; {len(self.dense)} train densely, "
+            f"{len(self.frozen)} are frozen"
         )
 
     def choose_open(self) -> None:
@@ -182,11 +184,7 @@ class SIFT(SparseTraining):
         if not ready or (self.settings["scope"] == "model" and len(ready) < len(open_parts)):
             return
         if self.chooser is not None:
-            chosen = {
-                part: part.parse(self.chooser(part.name, part.weight.detach(), part.pending, part.num_units))
-                for part in ready
-                if part.pending is not None
-            }
+            chosen = {part: self._ask(part) for part in ready}
         elif self.settings["scope"] == "matrix":
             chosen = {part: sparse.top_units(self._scores(part), part.num_units) for part in ready}
         else:
@@ -194,6 +192,13 @@ class SIFT(SparseTraining):
             chosen = dict(zip(ready, numbers, strict=True))
         for part, units in chosen.items():
             part.settle(units)
+
+    def _ask(self, part: SparseWeight) -> Tensor:
+        """What the caller's function chooses."""
+        assert self.chooser is not None
+        assert part.pending is not None
+        chosen = self.chooser(part.name, part.weight.detach(), part.pending, part.num_units)
+        return parse_units(chosen, part.layout, name=part.name)
 
     def refuse_stuck(self) -> None:
         """Raise ConfigError if the choice waits for weights that took no part in the batches that decide."""
@@ -293,7 +298,8 @@ class SiftConfig(AdamConfig):
 
 def build(model: nn.Module, config: SiftConfig) -> Built:
     """SIFT on the model and torch's fused AdamW on what it trains."""
-    if problems := adam_problems(dataclasses.asdict(config)):
+    options = dataclasses.asdict(config)
+    if problems := adam_problems(options) + setting_problems(options):
         raise ConfigError(" ".join(problems))
     sift = SIFT(
         model,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fullrank.adapter import fingerprint
 from fullrank.errors import CheckpointError, UnsupportedError
@@ -63,6 +63,8 @@ class SparseTraining(ABC):
         self._reselect_every = reselect_every
         self._by_values = {part.values: part for part in weights}
         self._warned = False
+        self._overflown: SparseWeight | None = None
+        """A weight whose gradient was not finite in the step at hand."""
         places = [find_module(model, part.name) for part in weights]
         self._trained = {p: p.requires_grad for p in (*dense.values(), *frozen.values())}
         for parameter in self._trained:
@@ -105,11 +107,14 @@ class SparseTraining(ABC):
         if not part.choosing:
             part.receive(grad)
             return
-        if part.values.grad is not None and not part.values.grad.isfinite().all():
-            return  # an earlier batch of this step has overflowed already
-        if not grad.isfinite().all():  # nothing to choose by: pass it on, as dense training would
+        if self._overflown is not None and _has_overflown(self._overflown.values.grad):
+            return  # this step will be skipped
+        self._overflown = None
+        if _has_overflown(grad):  # nothing to choose by: pass it on, as dense training would
             part.values.grad = torch.full_like(part.values, torch.nan)
-            part.pending, part.num_pending = None, 0
+            self._overflown = part
+            for other in self.weights:
+                other.let_go()
             return
         part.hold(grad)
         self.choose_open()
@@ -262,3 +267,7 @@ def _difference(was: list[list[str]], now: list[list[str]]) -> str:
         return ", ".join(f"{names[0]} ({len(names)} in all) {side}" for names, side in sides if names)
     moved = [f"{a} stands where this one has {b}" for a, b in zip(saved, here, strict=True) if a != b]
     return moved[0] if moved else f"this SIFT is on {here[0]} ({len(here)} in all)"
+
+
+def _has_overflown(grad: Tensor | None) -> bool:
+    return grad is not None and not bool(grad.isfinite().all())

@@ -11,7 +11,6 @@ the device, and 2 K on the host, the entries as they were, from which a small fi
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from typing import Any
 
@@ -22,6 +21,7 @@ from fullrank.errors import CheckpointError, ConfigError
 from fullrank.ops import sparse
 from fullrank.ops.sparse import Layout
 from fullrank.optimizer import GUEST
+from fullrank.sparse.given import parse_units
 
 INDEX, VALUES, BASE, TOUCHED, STEPS = (GUEST + key for key in ("index", "values", "base", "touched", "steps"))
 """Keys of what is kept beside an optimizer's own state of the values, so that both are saved together."""
@@ -85,6 +85,10 @@ class SparseWeight:
             self.pending.add_(grad)
         self.num_pending += 1
 
+    def let_go(self) -> None:
+        """Forget the gradient held for an open choice."""
+        self.pending, self.num_pending = None, 0
+
     def settle(self, units: Tensor) -> None:
         """Close an open choice with these units, and use what was held: its mean over the steps that waited for it."""
         held = self.pending
@@ -124,6 +128,8 @@ class SparseWeight:
         self.index = self.values.idx = new
         self.num_units = self.values.train_num = len(new)
         self.choosing, self.pending, self.num_pending = False, None, 0
+        if INDEX in (state := self._state()):
+            self.keep_with(state)  # index and moments change together, also for whoever saves before the next step
 
     def given_units(self) -> Tensor | None:
         """The units assigned to ``values.idx`` by hand, checked and sorted, or None.
@@ -139,47 +145,7 @@ class SparseWeight:
                 "already. Assign it before."
             )
         self.by_hand = True
-        return self.parse(self.values.idx)
-
-    def parse(self, given: Any) -> Tensor:
-        """Units as someone gives them, flat or stacked per dimension, as sorted numbers.
-
-        Raises:
-            ConfigError: If they are not whole numbers, out of bounds or repeated.
-        """
-        grid = self.layout.grid
-        try:
-            units = (
-                torch.stack([torch.as_tensor(row) for row in given]) if _is_nested(given) else torch.as_tensor(given)
-            )
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"idx of {self.name} must hold whole numbers, got {type(given).__name__}: {error}"
-            ) from None
-        if units.is_floating_point() or units.is_complex() or units.dtype == torch.bool or units.ndim not in (1, 2):
-            raise ConfigError(
-                f"idx of {self.name} must hold whole numbers, flat or stacked per dimension ({len(grid)} x K), got "
-                f"{str(units.dtype).removeprefix('torch.')} of shape {tuple(units.shape)}."
-            )
-        units = units.long().cpu()
-        if units.ndim == 2:
-            if len(units) != len(grid):
-                raise ConfigError(f"idx of {self.name} must have {len(grid)} rows, one a dimension, got {len(units)}.")
-            if bool(((units < 0) | (units >= torch.tensor(grid)[:, None])).any()):
-                raise ConfigError(
-                    f"idx of {self.name} must lie within {grid}, got {units.amin(1).tolist()} to "
-                    f"{units.amax(1).tolist()}."
-                )
-            strides = [math.prod(grid[dimension + 1 :]) for dimension in range(len(grid))]
-            units = (units * torch.tensor(strides)[:, None]).sum(0)
-        units = units.sort().values
-        total = self.layout.num_units
-        if not len(units) or units[0] < 0 or units[-1] >= total:
-            found = f"{int(units[0])} to {int(units[-1])}" if len(units) else "none"
-            raise ConfigError(f"idx of {self.name} must hold numbers from 0 to {total - 1}, got {found}.")
-        if bool((units[1:] == units[:-1]).any()):
-            raise ConfigError(f"idx of {self.name} holds a number twice. Pass it through torch.unique.")
-        return units
+        return parse_units(self.values.idx, self.layout, name=self.name)
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -335,8 +301,3 @@ class SparseWeight:
             for key, value in self._state().items()
             if torch.is_tensor(value) and not key.startswith(GUEST) and value.shape == self.values.shape
         }
-
-
-def _is_nested(given: Any) -> bool:
-    """Whether these are rows, one a dimension, as ``numpy.unravel_index`` returns them."""
-    return isinstance(given, tuple | list) and any(hasattr(row, "__len__") and len(row) for row in given)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from fullrank.adapter import SparseAdapter, load_adapter
 from fullrank.errors import ConfigError
+from fullrank.train.folders import refuse_unusable
 from fullrank.train.report import megabytes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,8 +35,7 @@ def export(model: str, adapter: str, output_dir: str, *, dtype: str | None = Non
         CheckpointError: If the adapter is damaged.
     """
     folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output_dir {folder} exists and is not empty; nothing was overwritten. Choose another.")
+    refuse_unusable(folder, remedy="Choose another.")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     trained = load_adapter(adapter)
@@ -72,7 +72,7 @@ def load_base(name: str, adapter: SparseAdapter) -> PreTrainedModel:
             name, dtype="auto", use_safetensors=True, trust_remote_code=False, **labels
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "" if os.path.isdir(name) else " Without a network, name a local folder."
-        raise ConfigError(f"model {name} cannot be loaded as a {kind.__name__}: {reason}.{hint}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        hint = "Its weights must be safetensors." if os.path.isdir(name) else "Without a network, name a local folder."
+        raise ConfigError(f"model {name} cannot be loaded as a {kind.__name__}: {reason}. {hint}") from error
     return base

@@ -20,6 +20,7 @@ from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import CleanStop, Recorder
 from fullrank.train.config import RunConfig
 from fullrank.train.data import load_data, load_tokenizer
+from fullrank.train.folders import refuse_unusable
 from fullrank.train.model import PAPER_SIZES, build_model
 from fullrank.train.sources import PYTHON_DOCS
 from fullrank.train.tokenizer import TRAINED
@@ -114,16 +115,8 @@ def find_folder(config: RunConfig, *, resume: bool) -> Path:
             number += 1
         return folder
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file. Choose a folder.")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            f"output_dir {folder} exists and is not empty; nothing was overwritten. Go on with it by "
-            f"`fullrank pretrain --resume {folder}`, or choose another."
-        )
-    above = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), folder)
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"output_dir {folder} cannot be made: {above} is not a folder one can write to.")
+    remedy = f"Go on with it by `fullrank pretrain --resume {folder}`, or choose another."
+    refuse_unusable(folder, remedy=remedy, may_hold_files=resume)
     return folder
 
 

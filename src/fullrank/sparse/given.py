@@ -1,0 +1,58 @@
+"""Units as people give them: flat or stacked per dimension, numpy or torch, in any order."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import ConfigError
+from fullrank.ops.sparse import Layout
+
+
+def parse_units(given: Any, layout: Layout, *, name: str) -> Tensor:
+    """Units as someone gives them, flat or stacked per dimension, as sorted numbers.
+
+    Args:
+        given: Numbers of units (K), or one row of places for each dimension of the grid (D x K).
+        layout: How the weight is divided into units.
+        name: The weight's, for messages.
+
+    Raises:
+        ConfigError: If they are not whole numbers, out of bounds or repeated.
+    """
+    grid = layout.grid
+    try:
+        units = torch.stack([torch.as_tensor(row) for row in given]) if _is_nested(given) else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"idx of {name} must hold whole numbers, got {type(given).__name__}: {error}") from None
+    if units.is_floating_point() or units.is_complex() or units.dtype == torch.bool or units.ndim not in (1, 2):
+        raise ConfigError(
+            f"idx of {name} must hold whole numbers, flat or stacked per dimension ({len(grid)} x K), got "
+            f"{str(units.dtype).removeprefix('torch.')} of shape {tuple(units.shape)}."
+        )
+    units = units.long().cpu()
+    if units.ndim == 2:
+        if len(units) != len(grid):
+            raise ConfigError(f"idx of {name} must have {len(grid)} rows, one a dimension, got {len(units)}.")
+        if bool(((units < 0) | (units >= torch.tensor(grid)[:, None])).any()):
+            raise ConfigError(
+                f"idx of {name} must lie within {grid}, got {units.amin(1).tolist()} to {units.amax(1).tolist()}."
+            )
+        strides = [math.prod(grid[dimension + 1 :]) for dimension in range(len(grid))]
+        units = (units * torch.tensor(strides)[:, None]).sum(0)
+    units = units.sort().values
+    total = layout.num_units
+    if not len(units) or units[0] < 0 or units[-1] >= total:
+        found = f"{int(units[0])} to {int(units[-1])}" if len(units) else "none"
+        raise ConfigError(f"idx of {name} must hold numbers from 0 to {total - 1}, got {found}.")
+    if bool((units[1:] == units[:-1]).any()):
+        raise ConfigError(f"idx of {name} holds a number twice. Pass it through torch.unique.")
+    return units
+
+
+def _is_nested(given: Any) -> bool:
+    """Whether these are rows, one a dimension, as ``numpy.unravel_index`` returns them."""
+    return isinstance(given, tuple | list) and any(hasattr(row, "__len__") and len(row) for row in given)
