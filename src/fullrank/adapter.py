@@ -98,25 +98,13 @@ def save_adapter(
         tensors[f"{name}.dense"] = weight.detach().to("cpu", copy=True).contiguous()
     partial = path / f"{TENSORS}.partial"
     save_file(tensors, partial)
-    config = getattr(model, "config", None)
     description = {
         "format": FORMAT,
         "method": "sift",
         "settings": dict(settings),
         "dtype": dtype,
-        "model": {
-            "architecture": type(model).__name__,
-            "name": getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None),
-            "num_labels": getattr(config, "num_labels", None),
-        },
-        "weights": {
-            name: {
-                "shape": list(c.layout.shape),
-                "granularity": c.layout.granularity,
-                "block_size": c.layout.block_size,
-            }
-            for name, c in changes.items()
-        },
+        "model": _about(model),
+        "weights": {name: _about_layout(change.layout) for name, change in changes.items()},
         "dense": list(dense),
         "base": dict(base),
         "sha256": _digest(partial),
@@ -239,6 +227,20 @@ def load_adapter(folder: str | Path) -> SparseAdapter:
             f"{TENSORS}, as save_adapter writes them."
         ) from error
     return SparseAdapter(description, changes, dense)
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    """The class of a model and what its configuration says of its origin."""
+    config = getattr(model, "config", None)
+    return {
+        "architecture": type(model).__name__,
+        "name": getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None),
+        "num_labels": getattr(config, "num_labels", None),
+    }
+
+
+def _about_layout(layout: Layout) -> dict[str, Any]:
+    return {"shape": list(layout.shape), "granularity": layout.granularity, "block_size": layout.block_size}
 
 
 def _change(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:

@@ -69,12 +69,14 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
     order = sorted(range(len(measured.densities)), key=measured.densities.__getitem__)
     x = [100 * measured.densities[i] for i in order]
 
-    def line(shares: Shares, **style: Any) -> None:
-        axes.plot(x, [100 * shares.norm[i] for i in order], **style)
+    def line(shares: Shares, first: int = 0, **style: Any) -> None:
+        axes.plot(x[first:], [100 * shares.norm[i] for i in order[first:]], **style)
 
-    drawn = [row.shares for row in measured.weights if row.shares]
-    for number, shares in enumerate(drawn):
-        line(shares, color=WEIGHT, linewidth=0.8, alpha=0.6, label="each weight" if number == 0 else None)
+    drawn = [(row.shares, row.numel) for row in measured.weights if row.shares]
+    for number, (shares, numel) in enumerate(drawn):
+        # Below one entry there is nothing to see: one is kept, whatever the density.
+        first = sum(density * numel < 1 for density in measured.densities)
+        line(shares, first, color=WEIGHT, linewidth=0.8, alpha=0.6, label="each weight" if number == 0 else None)
     assert measured.model.shares is not None  # summarise refuses a gradient of zeros
     assert measured.by_matrix.shares is not None
     line(measured.model.shares, color=ALL, linewidth=2.6, label="all weights, largest of all")

@@ -216,7 +216,8 @@ class SIFT(SparseTraining):
         """The score of every unit of a weight (flat)."""
         if self.settings["selection"] == "random":
             place = self.weights.index(part)
-            generator = torch.Generator().manual_seed(hash((self.settings["seed"], place, part.steps)) % 2**63)
+            seed = (self.settings["seed"] * 1_000_003 + place) * 1_000_003 + part.steps
+            generator = torch.Generator().manual_seed(seed % 2**63)
             return torch.rand(part.layout.num_units, generator=generator).to(part.weight.device)
         by = part.weight.detach() if self.settings["selection"] == "magnitude" else part.pending
         assert by is not None

@@ -84,17 +84,16 @@ class Seat:
         del self.module._parameters[self.attribute + SUFFIX]
         self.sparse.weight.requires_grad_(self.was_trainable)
 
-    def check(self) -> None:
-        """Refuse to train what is no longer the module's weight, or values that a cast has rounded.
-
-        Raises:
-            UnsupportedError: Says which, and what to do.
-        """
+    def refuse_replaced(self) -> None:
+        """Raise UnsupportedError if the module has another weight by now."""
         if getattr(self.module, self.attribute) is not self.sparse.weight:
             raise UnsupportedError(
                 f"{self.sparse.name} was replaced (by tying, resizing or load_state_dict(assign=True)), and SIFT "
                 "trains the old one. Do that before SIFT is made, or call detach() and make a new one."
             )
+
+    def refuse_cast(self) -> None:
+        """Raise UnsupportedError if a cast has rounded the values that train."""
         if self.sparse.index is not None and self.sparse.values.dtype != self.sparse.values_dtype:
             raise UnsupportedError(
                 f"the values of {self.sparse.name} were cast to {self.sparse.values.dtype} after training had begun, "
@@ -102,7 +101,7 @@ class Seat:
             )
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        self.check()
+        self.refuse_replaced()
         self.sparse.read_again()
 
 

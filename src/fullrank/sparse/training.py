@@ -121,11 +121,9 @@ class SparseTraining(ABC):
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         refuse_several_processes("SIFT")
-        is_training = module.training and torch.is_grad_enabled()
         for seat in self._seats:
             part = seat.sparse
-            if is_training:
-                seat.check()
+            seat.refuse_cast()
             if getattr(module, "_is_replica", False) and part.layout.granularity != "entry":
                 raise UnsupportedError(
                     f"{part.layout.granularity}s cannot be sliced under nn.DataParallel, which the Trainer uses where "
@@ -145,6 +143,8 @@ class SparseTraining(ABC):
                 if p in self._by_values]  # fmt: skip
         if not mine:
             return
+        for seat in self._seats:
+            seat.refuse_replaced()
         self.refuse_stuck()
         self._warn_if_idle([part for _, part in mine])
         for group in optimizer.param_groups:
