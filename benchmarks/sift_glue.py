@@ -3,11 +3,11 @@
     python benchmarks/sift_glue.py --model all-MiniLM-L6-v2 --data glue --output result.json
 
 ``--data`` holds SST-2 and MRPC as GLUE distributes them, each with train.tsv and dev.tsv. Each variant runs a
-small grid of learning rates with the first seed on the first task, and its best rate with every further seed; the
-other tasks use that rate (``--search all``: a grid on each task). If the best rate lies at an end of the grid, the
-grid is extended by one. A score is the accuracy on dev after the last step, never the best on the way. Every
-finished run is kept in ``--work``, so an interrupted benchmark goes on where it was. Writes JSON with the
-environment and prints the table.
+small grid of learning rates with the first seed on the first task, for ``--search_epochs``; its best rate is what
+every seed then trains with in full, and what the other tasks use (``--search all``: a grid on each task). If the
+best rate lies at an end of the grid, the grid is extended by up to two. A score is the accuracy on dev after the
+last step, never the best on the way. Every finished run is kept in ``--work``, so an interrupted benchmark goes on
+where it was. Writes JSON with the environment and prints the table.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ VARIANTS = [
     Variant("sift, gradient", (1e-3, 2e-3, 4e-3), "gradient"),
     Variant("sift, random", (1e-3, 2e-3, 4e-3), "random"),
     Variant("lora", (1e-3, 2e-3, 4e-3)),
-    Variant("head", (1e-3, 4e-3)),
 ]
 
 
@@ -91,9 +90,6 @@ def prepare(
         return model, list(sift.parameters_in_optimizer())
     if variant.name == "lora":
         model = get_peft_model(model, lora_config(model, head, args.density))
-    elif variant.name == "head":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in head))
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -147,9 +143,8 @@ def train(
     }
 
 
-def run(variant: Variant, data: Data, lr: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run(variant: Variant, data: Data, lr: float, seed: int, epochs: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train once, or read the result of an earlier call."""
-    epochs = args.epochs[args.tasks.index(data.task.name)]
     how = f"{args.density:g}{'-pooler' if args.pooler else ''}-{len(data.train)}x{epochs}"
     name = f"{data.task.name}-{variant.name.replace(', ', '+')}-{how}-{lr:g}-{seed}"
     kept = args.work / f"{name}.json"
@@ -173,14 +168,15 @@ def run(variant: Variant, data: Data, lr: float, seed: int, args: argparse.Names
 
 
 def grid(variant: Variant, data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every rate with the first seed; up to two more if the best one lies at an end."""
-    rows = [run(variant, data, lr, args.seeds[0], args) for lr in variant.rates]
+    """Every rate with the first seed, shortly; up to two more if the best one lies at an end."""
+    rows = [run(variant, data, lr, args.seeds[0], args.search_epochs, args) for lr in variant.rates]
     for _ in range(args.extend):
         tried = sorted(row["lr"] for row in rows)
         best = best_of(rows)["lr"]
         if best not in (tried[0], tried[-1]):
             break
-        rows.append(run(variant, data, best / 2 if best == tried[0] else best * 2, args.seeds[0], args))
+        further = best / 2 if best == tried[0] else best * 2
+        rows.append(run(variant, data, further, args.seeds[0], args.search_epochs, args))
     return rows
 
 
@@ -217,7 +213,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
         found: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
         for seed in args.seeds:
             for variant in chosen:
-                found[variant.name].append(run(variant, data, rates[variant.name], seed, args))
+                found[variant.name].append(run(variant, data, rates[variant.name], seed, args.epochs[place], args))
         lines += [summarise(rows) | {"grid": tried.get(name)} for name, rows in found.items()]
     return lines
 
@@ -257,7 +253,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "epochs": dict(zip(args.tasks, args.epochs, strict=True)),
         "batch": {task.name: task.batch for task in TASKS},
         "max_length": {task.name: task.max_length for task in TASKS},
-        "rates": f"chosen on dev with the first seed on {where}",
+        "rates": f"chosen on dev with the first seed and {args.search_epochs} epochs on {where}",
         "score": "dev after the last step",
     }
 
@@ -271,8 +267,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])
     parser.add_argument("--density", type=float, default=0.01, help="share of the entries that SIFT trains")
     parser.add_argument("--examples", type=int, default=8000, help="training examples of a task at most, 0: all")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 2], help="of each task")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[3, 3], help="of each task")
+    parser.add_argument("--search_epochs", type=int, default=1, help="of the runs that find a rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--search", choices=("first", "all"), default="first", help="tasks with a grid of their own")
     parser.add_argument("--extend", type=int, default=2, help="rates by which a grid may be extended")
     parser.add_argument("--pooler", action="store_true", help="train the pooler densely as well, in every variant")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fullrank import SIFT, ConfigError, load_adapter
-from tests.reference.sift import BLOCK, LINEAR, batch, bert, llama, mask_of, train
+from tests.reference.sift import BLOCK, LINEAR, batch, bert, llama, mask_of, spread, train
 
 granularities = pytest.mark.parametrize("granularity", ["entry", "row", "block"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -80,6 +80,21 @@ def test_rounding_of_the_difference(stored: str, dtype: torch.dtype, granularity
         difference = (value.double() - before.double()).abs()
         bound = rounding * difference + torch.finfo(dtype).eps * torch.maximum(value.abs(), before.abs()).double()
         assert ((found.double() - value.double()).abs() <= bound).all(), name
+
+
+@granularities
+def test_differences_of_the_full_precision(granularity: str, tmp_path: Path) -> None:
+    """Trained under bfloat16 weights, put on the same base in float32: the values themselves, not their rounding."""
+    _, sift, _ = trained(torch.bfloat16, granularity=granularity)
+    sift.save_adapter(tmp_path, dtype="float32")
+    base = llama(torch.bfloat16).float()
+    load_adapter(tmp_path).apply(base)
+    for name, values in sift.sparse_mapping.items():
+        weight, units = base.get_parameter(name).detach(), values.idx.tolist()
+        mask = mask_of(weight.shape, units, granularity, BLOCK)
+        expected = spread(values, weight.shape, units, granularity, BLOCK)
+        torch.testing.assert_close(weight[mask], expected[mask], rtol=0, atol=1e-7)
+        assert not torch.equal(expected, expected.bfloat16().float())
 
 
 def test_a_float64_model(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "blocks": ({"granularity": "block"}, "granularity 'entry'"),
     "reselection": ({"reselect_every": 5}, "reselect_every None"),
     "seed": ({"seed": 1}, "seed 0"),
+    "record": ({"keep_base": False}, "keep_base True"),
     "fewer targets": ({"targets": LINEAR[1:]}, "q_proj"),
     "more targets": ({"targets": [*LINEAR, "norm"]}, "norm"),
     "as many targets": ({"targets": [*LINEAR[:-1], "norm"], "exception": ["embed_tokens"]}, "up_proj"),

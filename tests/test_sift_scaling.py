@@ -100,21 +100,31 @@ def test_an_overflow_later_is_skipped_too() -> None:
     assert same(model, other)
 
 
-def test_an_overflow_in_one_of_several_batches() -> None:
-    """One bad micro-batch spoils the step's choice as it spoils the step: nothing is chosen from the rest of it."""
-    for factors in ([math.inf, 1.0], [1.0, math.inf]):
+@pytest.mark.parametrize("selection_batches", [1, 2])
+@pytest.mark.parametrize("factors", [(math.inf, 1.0), (1.0, math.inf)])
+def test_an_overflow_in_one_of_several_batches(factors: tuple[float, float], selection_batches: int) -> None:
+    """One bad micro-batch spoils the step; the next one chooses and trains as if there had been none."""
+    runs = []
+    for bad_step in (True, False):
         model = Chain()
-        sift = SIFT(model, 0.1, ["weight"], selection_batches=2)
+        sift = SIFT(model, 0.1, ["first.weight"], selection_batches=selection_batches)
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        for number, factor in enumerate(factors):
-            model.factor = factor
-            scaler.scale(model(inputs_of(number))).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == 512.0
-        assert torch.equal(model.first.weight, Chain().first.weight)
-        assert sift.sparse_mapping["first.weight"].idx is None
+        for step in range(0 if bad_step else 1, 2):
+            for number in range(2):
+                model.factor = factors[number] if step == 0 else 1.0
+                scaler.scale(model(inputs_of(2 * step + number))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if step == 0:
+                assert same(model, Chain())
+                assert scaler.get_scale() == 512.0
+        runs.append((model, sift.sparse_mapping["first.weight"].idx.tolist()))
+    chosen_before = factors[0] == 1.0 and selection_batches == 1
+    assert chosen_before or runs[0][1] == runs[1][1]
+    assert chosen_before or same(runs[0][0], runs[1][0])
+    assert not same(runs[0][0], Chain())
 
 
 def test_an_overflow_in_one_weight_under_scope_model() -> None:

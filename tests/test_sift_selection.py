@@ -39,6 +39,13 @@ def indices(sift: SIFT) -> dict[str, list[int]]:
     return {name: values.idx.tolist() for name, values in sift.sparse_mapping.items()}
 
 
+def copy_of(model: nn.Module) -> Any:
+    """A plain model with the same weights."""
+    plain = llama(torch.float64)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
 def mean_gradients(numbers: range, names: Any) -> dict[str, Tensor]:
     """The mean of a fresh model's gradients over some batches."""
     grads = [first_gradients(llama(torch.float64), names, number) for number in numbers]
@@ -153,6 +160,12 @@ def test_several_optimizer_steps(fused: bool) -> None:
         mask = mask_of(weight.shape, values.idx.tolist())
         first = AdamW(lr=1e-3, weight_decay=0.1).update(before, means[name], {})
         torch.testing.assert_close(weight, torch.where(mask, first, before), rtol=0, atol=1e-8)
+    backward(model, 3)
+    dense = copy_of(model)
+    backward(dense, 3)
+    for name, values in sift.sparse_mapping.items():
+        full = dense.get_parameter(name).grad
+        torch.testing.assert_close(values.grad, full.flatten()[values.idx.long()], rtol=1e-5, atol=1e-9)
 
 
 # Scope.
@@ -266,6 +279,20 @@ def test_reselection_follows_the_oracle(granularity: str, accumulate: int) -> No
         for name, weight in reference.named_parameters():
             torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=1e-12)
     assert chosen[0] != chosen[1] != chosen[2]
+
+
+def test_at_random_again() -> None:
+    """Each time another choice, the same in another run."""
+    found: list[list[Any]] = [[], []]
+    for seen in found:
+        model = llama()
+        sift, optimizer = sparsely(model, selection="random", reselect_every=2)
+        for step in range(5):
+            train(model, optimizer, range(step, step + 1))
+            seen.append(indices(sift))
+    first, _, second, _, third = found[0]
+    assert found[0] == found[1]
+    assert all(first[name] != second[name] != third[name] != first[name] for name in first)
 
 
 @granularities

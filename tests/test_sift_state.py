@@ -204,6 +204,19 @@ def test_resume_around_a_choice(options: dict[str, Any], at: int) -> None:
         assert_same(resumed, expected)
 
 
+def test_back_to_before_the_choice() -> None:
+    """What was chosen and trained since is forgotten: the next choice is made, and trains, as in a fresh run."""
+    run, resumed = start(selection_batches=3), start(init=7, selection_batches=3)
+    train(run[0], run[2], range(2))
+    content = saved(run)
+    train(run[0], run[2], range(50, 54))
+    for again in (run, resumed):
+        load(again, copy.deepcopy(content))
+        assert all(values.idx is None for values in again[1].sparse_mapping.values())
+        train(again[0], again[2], range(2, 5))
+    assert_same(run, resumed)
+
+
 @pytest.mark.parametrize("scope", ["matrix", "model"])
 def test_saved_between_a_choice_and_its_step(scope: str) -> None:
     """As an interrupted run may be: the loaded weights are the model's, and train on."""

@@ -385,10 +385,14 @@ def test_figure_shows_every_line(measured: GradientSparsity) -> None:
     assert lines["entries of a Gaussian"] == (x, [100 * gaussian_norm_share(density / 100) for density in x])
     assert lines["SIFT's paper: 1% hold 99%"] == ([1], [99])
     assert ([1, 1], [0, 1]) in lines.values(), "the line at 1%"
-    drawn = [row.shares for row in measured.weights if row.shares]
+    drawn = [row for row in measured.weights if row.shares]
     assert (len(drawn), len(measured.weights)) == (3, 5)
     thin = [list(line.get_ydata()) for line in axes.get_lines() if line.get_color() == WEIGHT]  # type: ignore[arg-type]
-    assert thin == [[100 * share for share in shares.norm] for shares in drawn]
+    assert thin == [
+        [100 * share for density, share in zip(DENSITIES, row.shares.norm, strict=True) if density * row.numel >= 1]
+        for row in drawn
+    ], "from a density of one entry on"
+    assert [len(points) for points in thin] == [18, 11, 18]
     assert axes.get_xscale() == "log"
     assert axes.get_title() == "one panel"
     assert axes.get_xlabel().endswith("(%)")
