@@ -169,7 +169,8 @@ def run(variant: Variant, data: Data, lr: float, seed: int, epochs: int, args: a
 
 def grid(variant: Variant, data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every rate with the first seed, shortly; up to two more if the best one lies at an end."""
-    rows = [run(variant, data, lr, args.seeds[0], args.search_epochs, args) for lr in variant.rates]
+    rates = args.rates.get(variant.name, variant.rates)
+    rows = [run(variant, data, lr, args.seeds[0], args.search_epochs, args) for lr in rates]
     for _ in range(args.extend):
         tried = sorted(row["lr"] for row in rows)
         best = best_of(rows)["lr"]
@@ -265,6 +266,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each task")
     parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS], help="the first one is searched")
     parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])
+    parser.add_argument(
+        "--rates", type=json.loads, default={}, help="grids to use instead, as JSON: {variant: [rates]}"
+    )
     parser.add_argument("--density", type=float, default=0.01, help="share of the entries that SIFT trains")
     parser.add_argument("--examples", type=int, default=8000, help="training examples of a task at most, 0: all")
     parser.add_argument("--epochs", type=int, nargs="+", default=[3, 3], help="of each task")

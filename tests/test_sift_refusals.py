@@ -255,6 +255,15 @@ def test_units_of_a_tied_head(granularity: str) -> None:
         SIFT(llama(tied=True), 0.1, ["lm_head"], granularity=granularity, block_size=BLOCK)
 
 
+@pytest.mark.parametrize("granularity", ["row", "block"])
+def test_units_of_two_linear_layers_that_share_a_weight(granularity: str) -> None:
+    """Each would compute its own part, at its own time."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with pytest.raises(ConfigError, match=r"0\.weight is shared by 0\.weight and 1\.weight"):
+        SIFT(model, 0.1, ["weight"], granularity=granularity, block_size=BLOCK)
+
+
 def test_integer_weights() -> None:
     """Quantised weights have no gradient."""
     model = nn.Module()

@@ -110,6 +110,20 @@ def test_autocast(granularity: str) -> None:
 
 
 @sliced
+def test_what_is_saved_under_autocast(granularity: str) -> None:
+    """The inputs are kept for the backward pass in the autocast dtype, half of float32."""
+    model = chain()
+    rows_or_blocks(model, granularity)
+    kept: list[Tensor] = []
+    saving = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16), saving:
+        model(inputs_of(1).detach())
+    assert {tensor.dtype for tensor in kept if tensor.shape == (2, 5, 24)} == {torch.bfloat16}
+
+
+@sliced
 def test_training_under_autocast(granularity: str) -> None:
     """Twenty steps fit a target about as well as masked dense training of the same slices under autocast."""
     losses: list[list[float]] = [[], []]

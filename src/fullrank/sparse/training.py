@@ -129,7 +129,8 @@ class SparseTraining(ABC):
                     f"{part.layout.granularity}s cannot be sliced under nn.DataParallel, which the Trainer uses where "
                     "it sees several GPUs. Set CUDA_VISIBLE_DEVICES to one, or use granularity entry."
                 )
-            part.catch_up()
+            if torch.is_grad_enabled():  # weights that an evaluation lends the model (EMA) are not taken over
+                part.catch_up()
             if seat.is_sliced:
                 part.given_units()  # no gradient hook is called that would notice an assignment
             if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:
