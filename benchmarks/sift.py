@@ -259,14 +259,15 @@ def main() -> None:
         print(memory_of(args))
         return
     names = [name for name in VARIANTS if name != "authors' SIFT" or args.authors]
-    results = []
+    results: list[dict[str, Any]] = []
     for layers, length in itertools.product(args.layers, args.tokens):
-        rows = measure_times(args, layers, length, names)
+        results.append({"layers": layers, "tokens": length, "variants": measure_times(args, layers, length, names)})
         gc.collect()
+    print("times are taken", flush=True)
+    for row in results:
         for name in names:
-            rows[name]["peak_bytes"] = measure_memory(layers, length, name)
-        results.append({"layers": layers, "tokens": length, "variants": rows})
-        print_table(f"{layers} layers, {length} tokens", rows)
+            row["variants"][name]["peak_bytes"] = measure_memory(row["layers"], row["tokens"], name)
+        print_table(f"{row['layers']} layers, {row['tokens']} tokens", row["variants"])
     report = {
         "benchmark": "sift",
         "settings": {k: v for k, v in vars(args).items() if k not in ("output", "authors", "memory_of")},
