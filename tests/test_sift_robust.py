@@ -173,3 +173,23 @@ def test_without_a_record() -> None:
     for m, o in ((model, optimizer), (resumed, stepper)):
         train(m, o, range(5, 8))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_an_evaluation_on_lent_weights_keeps_the_precision_of_the_values() -> None:
+    """Averaged weights swapped in for a score and out again: the float32 values go on where they were."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False)).to(torch.bfloat16)
+    sift = SIFT(model, 0.5, ["weight"])
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
+    model(torch.randn(4, 16, dtype=torch.bfloat16)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    values, own = sift.sparse_mapping["0.weight"], model[0].weight.detach().clone()
+    before = values.detach().clone()
+    assert not torch.equal(before, before.bfloat16().float())
+    with torch.no_grad():
+        model[0].weight.copy_(own * 0.5)
+        model(torch.randn(4, 16, dtype=torch.bfloat16))
+        model[0].weight.copy_(own)
+    model(torch.randn(4, 16, dtype=torch.bfloat16))
+    assert torch.equal(values, before)
