@@ -22,7 +22,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -35,6 +34,8 @@ from typing import Any
 
 import torch
 from timing import Clock, round_robin
+
+from fullrank.train.report import cpu_name
 
 PACKAGES = ("fullrank", "torch", "transformers", "peft")
 RESULTS = Path(__file__).parent / "results"
@@ -225,13 +226,6 @@ def resident(key: str) -> int:
     """Resident size of this process (bytes): VmRSS now, VmHWM at its peak; Linux alone."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
-
-
-def cpu_name() -> str:
-    """The processor, as Linux calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

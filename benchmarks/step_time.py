@@ -40,6 +40,7 @@ from timing import Clock, one_svd_per_shape, round_robin
 from torch import nn
 
 import fullrank
+from fullrank.train.report import cpu_name
 
 LLAMA: dict[str, tuple[int, int, int, int]] = {
     "tiny": (32, 88, 2, 100),
@@ -210,14 +211,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "load_average_at_start": os.getloadavg()[0],

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 CHOICES = {
     "selection": ("gradient", "magnitude", "random"),
     "scope": ("matrix", "model"),
-    "granularity": ("entry", "row", "block"),
+    "granularity": sparse.GRANULARITIES,
 }
 Chooser = Callable[[str, Tensor, Tensor, int], Any]
 """Name, weight, gradient and number of units -> the chosen units."""
@@ -178,9 +178,8 @@ class SIFT(SparseTraining):
 
     def choose_open(self) -> None:
         """Choose for every weight that has seen enough: the units with the highest scores."""
-        enough = self.settings["selection_batches"]
-        open_parts = [part for part in self.weights if part.choosing and part.values.idx is part.index]
-        ready = [part for part in open_parts if part.num_pending >= enough]
+        open_parts = self._open_parts()
+        ready = [part for part in open_parts if part.num_pending >= self.settings["selection_batches"]]
         if not ready or (self.settings["scope"] == "model" and len(ready) < len(open_parts)):
             return
         if self.chooser is not None:
@@ -193,6 +192,10 @@ class SIFT(SparseTraining):
         for part, units in chosen.items():
             part.settle(units)
 
+    def _open_parts(self) -> list[SparseWeight]:
+        """The weights whose choice is open; not those chosen by hand that wait for their first gradient."""
+        return [part for part in self.weights if part.choosing and part.values.idx is part.index]
+
     def _ask(self, part: SparseWeight) -> Tensor:
         """What the caller's function chooses."""
         assert self.chooser is not None
@@ -202,7 +205,7 @@ class SIFT(SparseTraining):
 
     def refuse_stuck(self) -> None:
         """Raise ConfigError if the choice waits for weights that took no part in the batches that decide."""
-        open_parts = [part for part in self.weights if part.choosing and part.values.idx is part.index]
+        open_parts = self._open_parts()
         late = [part.name for part in open_parts if part.pending is None]
         decided = any(part.num_pending >= self.settings["selection_batches"] for part in open_parts)
         if self.settings["scope"] == "model" and late and decided:
@@ -215,8 +218,7 @@ class SIFT(SparseTraining):
     def _scores(self, part: SparseWeight) -> Tensor:
         """The score of every unit of a weight (flat)."""
         if self.settings["selection"] == "random":
-            place = self.weights.index(part)
-            seed = (self.settings["seed"] * 1_000_003 + place) * 1_000_003 + part.steps
+            seed = (self.settings["seed"] * 1_000_003 + self.weights.index(part)) * 1_000_003 + part.steps
             generator = torch.Generator().manual_seed(seed % 2**63)
             return torch.rand(part.layout.num_units, generator=generator).to(part.weight.device)
         by = part.weight.detach() if self.settings["selection"] == "magnitude" else part.pending

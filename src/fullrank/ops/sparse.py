@@ -84,7 +84,7 @@ def take(tensor: Tensor, units: Tensor, layout: Layout) -> Tensor:
     if layout.granularity == "row":
         return tensor.index_select(0, units).reshape(-1)
     if layout.granularity == "block":
-        return _tiles(tensor, layout)[_block_numbers(units, layout)].reshape(-1)
+        return _tiles(tensor, layout)[block_places(units, layout.grid[1])].reshape(-1)
     flat, positions = _flat(tensor, units)
     return flat.index_select(0, positions)
 
@@ -96,7 +96,7 @@ def put_(tensor: Tensor, units: Tensor, values: Tensor, layout: Layout) -> None:
         tensor.index_copy_(0, units.long(), values.view(-1, tensor.shape[1]))
     elif layout.granularity == "block":
         size = layout.block_size
-        _tiles(tensor, layout)[_block_numbers(units, layout)] = values.view(-1, size, size)
+        _tiles(tensor, layout)[block_places(units, layout.grid[1])] = values.view(-1, size, size)
     else:
         flat, positions = _flat(tensor, units)
         flat.index_copy_(0, positions.long(), values)
@@ -114,11 +114,6 @@ def carry(values: Tensor, stay: tuple[Tensor, Tensor], num: int, *, unit_numel: 
     carried = values.new_zeros(num, unit_numel)
     carried[stay[1]] = values.view(-1, unit_numel)[stay[0]]
     return carried.view(-1)
-
-
-def _block_numbers(units: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Row and column of each block in the grid."""
-    return block_places(units, layout.grid[1])
 
 
 def block_places(units: Tensor, columns: int) -> tuple[Tensor, Tensor]:

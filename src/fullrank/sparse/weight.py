@@ -43,8 +43,7 @@ class SparseWeight:
         self.num_units = num_units
         self.keep_base = keep_base
         """Whether what the entries were before they trained is kept, from which a small file is written."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        values: Any = nn.Parameter(weight.detach().new_zeros(num_units * layout.unit_numel, dtype=dtype))
+        values: Any = nn.Parameter(weight.detach().new_zeros(num_units * layout.unit_numel, dtype=self.values_dtype))
         values.idx, values.train_num = None, num_units
         self.values = values
         self.index: Tensor | None = None

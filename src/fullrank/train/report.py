@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The processor or GPU of this run, with its number of threads and processes."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
@@ -134,7 +134,8 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as Linux calls it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
