@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from fullrank import METHODS
-from fullrank.cli import COMMANDS, export_flags, print_help, split_arguments
+from fullrank.cli import COMMANDS, analyze_flags, export_flags, print_help, split_arguments
 from fullrank.train.resolve import recipe_names, resolve, show_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,9 @@ def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.Capt
         return
     if command == "export":
         assert export_flags(arguments)
+        return
+    if command == "analyze":
+        assert analyze_flags(arguments)
         return
     flags, overrides = split_arguments(arguments)
     if flags.help:

@@ -6,10 +6,12 @@ Hugging Face's Trainer (``fullrank.train``, the ``[train]`` extra).
 
 from fullrank.adapter import SparseAdapter, load_adapter
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+from fullrank.factors import LowRankPair
 from fullrank.methods import METHODS, Built, Method
 from fullrank.methods.apollo import ApolloAdamW
 from fullrank.methods.fira import FiraAdamW, FiraRMSprop
 from fullrank.methods.galore import GaLoreAdamW, GaLoreRMSprop
+from fullrank.methods.relora import ReLoRA
 from fullrank.methods.sift import SIFT
 from fullrank.params import divide_params
 
@@ -26,7 +28,9 @@ __all__ = [
     "FiraRMSprop",
     "GaLoreAdamW",
     "GaLoreRMSprop",
+    "LowRankPair",
     "Method",
+    "ReLoRA",
     "SparseAdapter",
     "TrainingError",
     "UnsupportedError",

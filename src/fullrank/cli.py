@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from fullrank import __version__
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
+    from fullrank.analysis.weights import Weights
     from fullrank.train.config import RunConfig
 
 USAGE = """\
@@ -24,6 +26,7 @@ usage: fullrank COMMAND [OPTIONS]
 commands:
   pretrain      train a language model from scratch (or go on with one)
   export        merge an adapter into its base: a plain model folder
+  analyze       measure trained weights: `analyze spectrum RUN ...` says how many directions training changed
   recipes       list the packaged recipes; `recipes show NAME` prints one
 
 `fullrank COMMAND --help` explains a command; `fullrank --version` prints the version.
@@ -53,6 +56,20 @@ Writes the base model with the adapter's changes merged in, as a folder that fro
   --adapter DIR     folder of the adapter: adapter/ in a run's folder, or what SIFT.save_adapter wrote
   --output_dir OUT  folder to write; must be new or empty
   --dtype DTYPE     float32, bfloat16 or float16; default: that of the base's files
+"""
+
+ANALYZE_USAGE = """\
+usage: fullrank analyze spectrum RUN [RUN ...] [--base FOLDER] [--threshold 0.1] [--target_modules attn,mlp]
+                                 [--output_dir DIR]
+
+Prints, for each type of matrix, the singular values of (trained weights - weights that training started from): how many
+are below the threshold, the effective and the numerical rank; writes spectrum.json and spectrum.png.
+
+  RUN               a run's folder, a checkpoint in it, or any model's folder; LABEL=FOLDER names it in the results
+  --base FOLDER     what to subtract from all of them; default: what each run started from, after its warm start if any
+  --threshold S     singular values below S are counted; default: 0.1, as in ReLoRA's paper
+  --target_modules  comma-separated parts of the names of the matrices; default: attn,mlp
+  --output_dir DIR  folder to write; must be new or empty; default: spectrum
 """
 
 
@@ -173,6 +190,81 @@ def export_flags(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
+def analyze(arguments: list[str]) -> int:
+    """``fullrank analyze spectrum RUN ...``."""
+    flags = analyze_flags(arguments)
+    if flags.help:
+        print(ANALYZE_USAGE)
+        return 0
+    from fullrank.analysis.draw_spectrum import draw
+    from fullrank.analysis.spectrum import spectrum, table
+    from fullrank.analysis.weights import label_folders, read_weights, run_folder
+    from fullrank.train.folders import refuse_unusable
+    from fullrank.train.report import versions, write_whole
+
+    folder = Path(flags.output_dir)
+    refuse_unusable(folder, remedy="Choose another by --output_dir.")
+    folders = label_folders(flags.runs)
+    trained = {label: read_weights(run) for label, run in folders.items()}
+    base = None if flags.base is None else read_weights(flags.base)
+    for run in folders.values() if base is None else ():
+        if run_folder(run) is None:
+            raise ConfigError(f"{run} is not a run's folder, so its start is not known. Name it by --base FOLDER.")
+    found = {
+        label: spectrum(
+            weights,
+            base or start_of(folders[label]),
+            target_modules=[part.strip() for part in flags.target_modules.split(",")],
+            threshold=flags.threshold,
+        )
+        for label, weights in trained.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"runs": {label: measured.to_dict() for label, measured in found.items()}, "versions": versions()}
+    write_whole(folder / "spectrum.json", json.dumps(content, indent=1))
+    print(table(found))
+    print(f"{folder / 'spectrum.json'}, {draw(found, folder / 'spectrum.png')}")
+    return 0
+
+
+def start_of(folder: Path) -> Weights:
+    """The weights that the run of this folder started from."""
+    from fullrank.analysis.weights import from_tensors, read_weights, run_folder
+    from fullrank.train.start import start_weights
+
+    run = run_folder(folder)
+    assert run is not None  # looked at before
+    start = start_weights(run)
+    return read_weights(start) if isinstance(start, Path) else from_tensors(start, source=f"the start of {run}")
+
+
+def analyze_flags(arguments: list[str]) -> argparse.Namespace:
+    """What ``fullrank analyze`` is told.
+
+    Raises:
+        ConfigError: If something is missing or unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--base")
+    parser.add_argument("--threshold", type=float, default=0.1)
+    parser.add_argument("--target_modules", default="attn,mlp")
+    parser.add_argument("--output_dir", default="spectrum")
+    parser.add_argument("--help", "-h", action="store_true")
+    try:
+        flags, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown and not flags.help:
+        raise ConfigError(f"analyze does not know {' '.join(unknown)!r}. `fullrank analyze --help` lists its options.")
+    if rest[:1] != ["spectrum"] and not flags.help:
+        raise ConfigError(f"analyze can measure: spectrum. Got {' '.join(rest[:1]) or 'nothing'!r}.")
+    flags.runs = rest[1:]
+    if not flags.runs and not flags.help:
+        raise ConfigError("analyze spectrum needs at least one run's folder. `fullrank analyze --help` explains it.")
+    return flags
+
+
 def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """The flags of the command itself, and every ``--section.field value`` as a dotted key and a string."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -215,5 +307,5 @@ def print_help(config: RunConfig) -> None:
     print(text)
 
 
-COMMANDS = {"pretrain": pretrain, "export": export, "recipes": recipes}
+COMMANDS = {"pretrain": pretrain, "export": export, "analyze": analyze, "recipes": recipes}
 APPLICATION = ("transformers", "accelerate", "datasets", "jsonargparse", "yaml", "matplotlib", "tokenizers")

@@ -11,6 +11,7 @@ import difflib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,21 @@ from torch import Tensor
 
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
 from fullrank.sharding import refuse_sharded
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """Options of every Adam-based method."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment per optimizer step."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (fraction of a weight per unit of learning rate)."""
+
 
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """State key -> shape and dtype."""

@@ -18,6 +18,8 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "galore": {"lr": 0.01, "rank": 4, "update_proj_gap": 7},
     "fira": {"lr": 0.01, "rank": 4, "update_proj_gap": 7},
     "apollo": {"lr": 0.01, "rank": 4, "update_proj_gap": 7},
+    "relora": {"lr": 0.01, "rank": 4, "lora_alpha": 8, "restart_every": 6, "restart_warmup_steps": 2},
+    "lora": {"lr": 0.01, "rank": 4, "lora_alpha": 8},
     "sift": {"lr": 0.01, "density": 0.3, "exception": ["embed_tokens", "lm_head"]},
 }
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fullrank.factors import AdapterRequest, Schedule
+from fullrank.optimizer import AdamConfig
 from fullrank.params import divide_params
 
 
@@ -17,14 +19,18 @@ from fullrank.params import divide_params
 class Built:
     """A method at work on a model.
 
-    ``after_step`` and ``lr_scale`` are functions of the step number, so a resume needs no more state.
+    ``after_step``, ``at_step`` and ``schedule`` are functions of the step number, so a resume needs no more state.
     """
 
     optimizer: torch.optim.Optimizer
     after_step: Callable[[int], None] | None = None
     """Called after the n-th optimizer step (n = 1, 2, ...)."""
-    lr_scale: Callable[[int], float] | None = None
-    """Multiplies the learning-rate schedule at optimizer step n (n = 0, 1, ... as schedulers count)."""
+    at_step: Callable[[int], None] | None = None
+    """Lets train what trains after n optimizer steps (n = 0, 1, ...); called before training starts or goes on."""
+    switches: tuple[int, ...] = ()
+    """Optimizer steps after which other parameters train, so that a loop wraps the model anew there."""
+    schedule: Callable[[Schedule, int, int], Schedule] | None = None
+    """Turns a learning-rate schedule, its warm-up and the number of optimizer steps into the method's own schedule."""
     save_adapter: Callable[[Path], int] | None = None
     """Writes what training changed into a folder, as a small file; returns its bytes. None: there is no such file."""
 
@@ -41,21 +47,9 @@ class Method:
     build: Callable[[nn.Module, Any], Built]
     """Makes it from a model and its options; allocates no state, so a model on the meta device will do."""
     state_bytes: Callable[[nn.Module, Any], int]
-    """Bytes of optimizer state of a model under its options, before any training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamConfig:
-    """Options of every Adam-based method."""
-
-    lr: float = 1e-3
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment per optimizer step."""
-    eps: float = 1e-6
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay (fraction of a weight per unit of learning rate)."""
+    """Bytes of optimizer state of a model under its options, before any training; the most there are at a time."""
+    adapters: Callable[[Any], AdapterRequest] | None = None
+    """The LoRA layers that ``build`` expects on the model, from its options. None: the model as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fullrank.errors import ConfigError
-from fullrank.methods.base import AdamConfig, Built, Method
-from fullrank.optimizer import adam_problems
+from fullrank.methods.base import Built, Method
+from fullrank.optimizer import AdamConfig, adam_problems
 from fullrank.params import match_parameters
 
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from fullrank.adapter import Change, save_adapter
 from fullrank.errors import ConfigError
-from fullrank.methods.base import AdamConfig, Built, Method
+from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
-from fullrank.optimizer import adam_problems, is_number
+from fullrank.optimizer import AdamConfig, adam_problems, is_number
 from fullrank.sharding import refuse_several_processes
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.seat import SUFFIX, divide, layout_of

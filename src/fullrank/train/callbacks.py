@@ -25,15 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl``, marks complete checkpoints, and lets the method act after a step."""
+    """Writes ``metrics.jsonl`` and marks complete checkpoints."""
 
-    def __init__(
-        self, folder: Path, config: RunConfig, *, content_hash: str, after_step: Callable[[int], None] | None
-    ) -> None:
+    def __init__(self, folder: Path, config: RunConfig, *, content_hash: str) -> None:
         self.folder = folder
         self.config = config
         self.content_hash = content_hash
-        self.after_step = after_step
         self._began = 0.0
         self._step_time = 0.0
 
@@ -52,10 +49,8 @@ class Recorder(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock; hand the step to the method."""
+        """Stop the clock."""
         self._step_time = time.perf_counter() - self._began
-        if self.after_step is not None:
-            self.after_step(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append a row; end a run whose loss is lost.
@@ -93,6 +88,48 @@ class Recorder(TrainerCallback):
         """Declare the checkpoint complete."""
         if state.is_world_process_zero:
             write_marker(self.folder / f"checkpoint-{state.global_step}", self.config, content_hash=self.content_hash)
+
+
+class MethodSteps(TrainerCallback):
+    """Tells a method of every optimizer step that was taken, by the scheduler's count of them.
+
+    A step that mixed precision skips counts for neither, so a method and its learning rate stay together.
+
+    Args:
+        after_step: Called with the number of steps taken.
+        switches: Numbers of steps after which other parameters train. Training saves and stops there, so that the
+            model can be wrapped anew; ``at_switch`` is called before.
+        at_switch: Called at a switch, after ``after_step``, in the first process.
+    """
+
+    def __init__(
+        self,
+        after_step: Callable[[int], Any],
+        switches: tuple[int, ...] = (),
+        at_switch: Callable[[], None] | None = None,
+    ) -> None:
+        self.after_step = after_step
+        self.switches = switches
+        self.at_switch = at_switch
+        self.num_steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count from where training goes on."""
+        self.num_steps = kwargs["lr_scheduler"].last_epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hand the step to the method, unless it was skipped; end training at a switch."""
+        if (taken := kwargs["lr_scheduler"].last_epoch) == self.num_steps:
+            return
+        self.num_steps = taken
+        self.after_step(taken)
+        if taken in self.switches:
+            if self.at_switch is not None and state.is_world_process_zero:
+                self.at_switch()
+            control.should_save = True
+            control.should_training_stop = True
 
 
 class CleanStop(TrainerCallback):

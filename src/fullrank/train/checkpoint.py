@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fullrank.errors import CheckpointError
 from fullrank.train.config import RunConfig
 from fullrank.train.report import num_processes, versions, write_whole
@@ -89,6 +91,12 @@ def step_of(checkpoint: Path) -> int:
     """The optimizer step at which a checkpoint was written."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return int(state["global_step"])
+
+
+def num_steps_taken(checkpoint: Path) -> int:
+    """The optimizer steps taken by then, without those that mixed precision skipped."""
+    state = torch.load(checkpoint / "scheduler.pt", map_location="cpu", weights_only=True)
+    return int(state["last_epoch"])
 
 
 def find_damage(checkpoint: Path) -> str:

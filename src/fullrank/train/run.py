@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 
 from fullrank import memory
 from fullrank.errors import ConfigError
-from fullrank.methods import METHODS
+from fullrank.methods import METHODS, Built
 from fullrank.train import checkpoint, report
-from fullrank.train.callbacks import CleanStop, Recorder
+from fullrank.train.adapters import Adapters
+from fullrank.train.callbacks import CleanStop, MethodSteps, Recorder
 from fullrank.train.config import RunConfig
 from fullrank.train.data import load_data, load_tokenizer
 from fullrank.train.folders import refuse_unusable
@@ -66,19 +69,38 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         seed=config.seed,
     )
     sizes = {"parameters": model.num_parameters(), "adamw_state_bytes": memory.adamw_state_bytes(model)}
-    built = METHODS[config.method_name].build(model, config.method)
-    recorder = Recorder(folder, config, content_hash=data.content_hash, after_step=built.after_step)
-    trainer = make_trainer(
-        config, model=model, tokenizer=tokenizer, data=data, built=built, folder=folder, callbacks=[recorder]
+    method = METHODS[config.method_name]
+    adapters = None if method.adapters is None else Adapters(model, method.adapters(config.method))
+    built = method.build(model, config.method)
+    recorder = Recorder(folder, config, content_hash=data.content_hash)
+    steps = method_steps(built, adapters, folder)
+    make = partial(
+        make_trainer,
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        built=built,
+        folder=folder,
+        callbacks=[recorder, *([steps] if steps else [])],
     )
-    claim(folder, config, trainer)
-    train(trainer, built.optimizer, folder, start)
+    trainer = train(config, make, built, folder, start)
     if (step := trainer.state.global_step) < trainer.args.max_steps:
         logger.warning("stopped at step %d; go on with: fullrank pretrain --resume %s", step, folder)
         return None
-    if config.model.pretrained and built.save_adapter is not None:
-        sizes["adapter_bytes"] = built.save_adapter(folder / "adapter")
-    return finish(config, trainer, tokenizer=tokenizer, folder=folder, sizes=sizes)
+    return finish(config, trainer, tokenizer=tokenizer, folder=folder, sizes=sizes, built=built, adapters=adapters)
+
+
+def method_steps(built: Built, adapters: Adapters | None, folder: Path) -> MethodSteps | None:
+    """The callback of a method that acts after steps; a warm start leaves its weights in ``warm_start/``."""
+    if built.after_step is None:
+        return None
+
+    def save_warm_start() -> None:
+        if adapters is not None:
+            adapters.save_plain(folder / "warm_start")
+
+    return MethodSteps(built.after_step, built.switches, save_warm_start)
 
 
 def anchored(config: RunConfig) -> RunConfig:
@@ -147,8 +169,30 @@ def claim(folder: Path, config: RunConfig, trainer: Trainer) -> None:
         raise ConfigError(f"output_dir {folder} cannot be written: {error}. Choose another.") from None
 
 
-def train(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, start: Path | None) -> None:
-    """Train from a checkpoint, or from step 0 with a first score; the first Ctrl-C stops cleanly."""
+def train(config: RunConfig, make: Callable[[], Trainer], built: Built, folder: Path, start: Path | None) -> Trainer:
+    """Train from a checkpoint, or from step 0 with a first score; returns the Trainer at the end or where it stopped.
+
+    Where other parameters start to train (after a warm start), a new Trainer goes on from the checkpoint there: DDP
+    has to wrap the model anew, and the resumed run is the same run by construction.
+    """
+    claimed = False
+    while True:
+        if built.at_step is not None:
+            built.at_step(0 if start is None else checkpoint.num_steps_taken(start))
+        trainer = make()
+        if not claimed:
+            claim(folder, config, trainer)
+            claimed = True
+        train_on(trainer, built.optimizer, folder, start)
+        latest = folder / f"checkpoint-{trainer.state.global_step}"
+        ended = trainer.state.global_step >= trainer.args.max_steps
+        if ended or not built.switches or checkpoint.num_steps_taken(latest) not in built.switches:
+            return trainer
+        start = latest
+
+
+def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, start: Path | None) -> None:
+    """Train to the end, a switch or the first Ctrl-C, which stops cleanly."""
     if start is not None and checkpoint.step_of(start) >= trainer.args.max_steps:
         # Killed after its last checkpoint: resumed there, the Trainer would take one step more.
         trainer._load_from_checkpoint(str(start))
@@ -177,12 +221,19 @@ def finish(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     sizes: dict[str, int],
+    built: Built,
+    adapters: Adapters | None,
 ) -> dict[str, Any]:
-    """Score the trained model and write ``model/``, ``result.json`` and ``loss.png``."""
+    """Score the trained model and write ``model/``, an adapter if there is one, ``result.json`` and ``loss.png``."""
     if not (scores := _scores(trainer)) or scores[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
         scores = _scores(trainer)
     assert scores[-1]["step"] == trainer.state.global_step
+    save_adapter = adapters.save if adapters is not None and adapters.request.keeps_base else built.save_adapter
+    if config.model.pretrained and save_adapter is not None and trainer.is_world_process_zero():
+        sizes["adapter_bytes"] = save_adapter(folder / "adapter")
+    if adapters is not None:
+        adapters.remove()
     trainer.save_model(str(folder / "model"))
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     optimizer: Any = trainer.optimizer

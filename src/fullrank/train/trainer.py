@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def refused(error: Exception) -> Exception:
 
 
 def make_scheduler(config: RunConfig, args: TrainingArguments, built: Built) -> Any:
-    """The learning-rate schedule by transformers' name, times the method's own factor if it has one."""
+    """The learning-rate schedule by transformers' name, in the method's own form if it has one."""
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer=built.optimizer,
@@ -126,20 +125,15 @@ def make_scheduler(config: RunConfig, args: TrainingArguments, built: Built) -> 
         num_training_steps=args.max_steps,
         scheduler_specific_kwargs=config.trainer["lr_scheduler_kwargs"],
     )
-    scale = built.lr_scale
-    if scale is None:
+    if built.schedule is None:
         return scheduler
     if not isinstance(scheduler, LambdaLR):
         raise ConfigError(
             f"trainer.lr_scheduler_type {args.lr_scheduler_type} cannot be combined with this method's own schedule. "
             "Use linear, cosine, cosine_with_min_lr or constant_with_warmup."
         )
-    bases: list[Callable[[int], float]] = scheduler.lr_lambdas
-    return LambdaLR(built.optimizer, [_scaled(base, scale) for base in bases])
-
-
-def _scaled(base: Callable[[int], float], scale: Callable[[int], float]) -> Callable[[int], float]:
-    return lambda n: base(n) * scale(n)
+    warmup, last = args.get_warmup_steps(args.max_steps), args.max_steps
+    return LambdaLR(built.optimizer, [built.schedule(base, warmup, last) for base in scheduler.lr_lambdas])
 
 
 def _steps_of_epochs(data: Data, batch: int, epochs: float) -> int:

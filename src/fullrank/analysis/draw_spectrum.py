@@ -1,0 +1,100 @@
+"""The figure of spectra: for each type of matrix the singular values of what training changed, a line for each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fullrank.analysis.spectrum import Spectrum
+from fullrank.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, told apart by colour-blind readers; every line also has a style.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES = ("-", "--", "-.", (0, (1, 1)))
+THRESHOLD = "#555555"
+DECADES = 6
+"""How far below the largest singular value a panel reaches: what is lower is rounding."""
+
+
+def draw(spectra: Mapping[str, Spectrum], path: str | Path) -> Path:
+    """Draw the spectra of runs, by their labels, as a PNG.
+
+    Raises:
+        ConfigError: If there is none.
+        UnsupportedError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise UnsupportedError("drawing needs matplotlib. Install it: pip install 'fullrank[report]'") from error
+    canvas: Any = FigureCanvasAgg(make_figure(spectra))  # its methods are without types
+    canvas.print_png(str(path))
+    return Path(path)
+
+
+def make_figure(spectra: Mapping[str, Spectrum]) -> Figure:
+    """The figure that :func:`draw` saves, at most four panels in a row."""
+    from matplotlib.figure import Figure
+
+    if not spectra:
+        raise ConfigError("spectra must hold at least one run, got none.")
+    kinds = list(dict.fromkeys(kind for found in spectra.values() for kind in found.types))
+    columns = min(len(kinds), 4)
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(1 + 2.9 * columns, 1.1 + 2.5 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    places = list(grid.flat)
+    for axes, kind in zip(places, kinds, strict=False):
+        _draw_panel(axes, kind, spectra)
+    largest = max(found.types[kind].largest for found in spectra.values() for kind in found.types)
+    limits = [found.threshold for found in spectra.values()]
+    top = max(largest, *limits)
+    places[0].set_ylim(min(top / 10**DECADES, min(limits) / 10), 2 * top)
+    for axes in places[len(kinds) :]:
+        axes.remove()
+    for axes in places[max(len(kinds) - columns, 0) : len(kinds)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("place of the singular value, largest first (% of all)", fontsize="medium")
+    figure.supylabel("singular value, mean over layers", fontsize="medium")
+    handles, labels = _legend(places[: len(kinds)])
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns + 1), frameon=False)
+    return figure
+
+
+def _draw_panel(axes: Any, kind: str, spectra: Mapping[str, Spectrum]) -> None:
+    """One line a run, and the threshold."""
+    for number, (label, found) in enumerate(spectra.items()):
+        if kind not in found.types:
+            continue
+        values = found.types[kind].mean_values()
+        places = torch.linspace(0, 100, len(values) + 1)[1:]
+        axes.plot(
+            places.tolist(),
+            [value if value > 0 else float("nan") for value in values.tolist()],  # zero has no place on the axis
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=STYLES[number % len(STYLES)],
+            linewidth=1.8,
+            label=label,
+        )
+    for limit in sorted({found.threshold for found in spectra.values()}):
+        axes.axhline(limit, color=THRESHOLD, linewidth=0.8, linestyle=":", label=f"threshold {limit:g}")
+    axes.set(yscale="log", xlim=(0, 100))
+    axes.set_title(kind, fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(panels: list[Any]) -> tuple[list[Any], list[str]]:
+    """Every label once, whichever panel has it; thresholds last."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    labels = sorted(found, key=lambda label: label.startswith("threshold "))
+    return [found[label] for label in labels], labels

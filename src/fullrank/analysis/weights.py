@@ -1,0 +1,245 @@
+"""The weights of a folder by name, one in memory at a time: a model, a run, or a checkpoint with LoRA's factors.
+
+Names and shapes come from the headers of the safetensors files. A checkpoint of `lora` or `relora` holds the
+base W and the factors A, B of a layer X apart (PEFT's names X.base_layer.weight, X.lora_A.default.weight and
+X.lora_B.default.weight): here it has one weight X.weight = W + scale * B A, the one the model computes with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.ops.merge import product
+
+Shapes = dict[str, tuple[int, ...]]
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+MARKER = "fullrank.json"
+"""What a complete checkpoint of ours holds: the configuration of its run, among others."""
+BASE, FACTOR_A, FACTOR_B = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
+TRAINED_SCALE = ".lora_scaling.default"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights by name, read when they are asked for."""
+
+    source: str
+    """Where they come from, for people."""
+    shapes: Shapes
+    read: Callable[[str], Tensor]
+    """One weight by its name: float64, on the CPU."""
+
+
+def from_tensors(tensors: Mapping[str, Tensor], *, source: str) -> Weights:
+    """Weights at hand, such as a model's ``state_dict()``."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Weights(source, shapes, lambda name: _float64(tensors[name], name, source))
+
+
+def read_weights(folder: str | Path) -> Weights:
+    """The weights in a folder of safetensors files, in a run's folder or in one of its checkpoints.
+
+    Raises:
+        ConfigError: If there is no such folder, or no weights in it.
+        CheckpointError: If its files are damaged or incomplete.
+        UnsupportedError: If the base of LoRA's factors is quantized.
+    """
+    place = weights_folder(folder)
+    stored = _Stored(place)
+    if any(name.endswith(FACTOR_A) for name in stored.shapes):
+        return _folded(stored, place)
+    return Weights(str(place), stored.shapes, lambda name: _float64(stored.read(name), name, str(place)))
+
+
+def weights_folder(folder: str | Path) -> Path:
+    """The folder that holds the weights: the given one, or of a run ``model/``, else its newest checkpoint.
+
+    Raises:
+        ConfigError: If there is no such folder, or it is of a run that has saved nothing yet.
+    """
+    given = Path(folder)
+    if not given.is_dir():
+        raise ConfigError(f"there is no folder {given}. Give a model's folder, a run's folder, or a checkpoint of one.")
+    if not _is_run(given):
+        return given
+    if any((given / "model").glob("*.safetensors")):
+        return given / "model"
+    found = {int(match[1]): path for path in given.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
+    complete = [path for _, path in sorted(found.items()) if (path / MARKER).is_file()]
+    if not complete:
+        raise ConfigError(f"the run {given} holds no model and no complete checkpoint yet. Wait for its first save.")
+    return complete[-1]
+
+
+def run_folder(folder: str | Path) -> Path | None:
+    """The run that a folder is of: the run's own, its model or one of its checkpoints; None if of no run."""
+    path = Path(folder).absolute()
+    if _is_run(path):
+        return Path(folder)
+    inside = path.name == "model" or CHECKPOINT.fullmatch(path.name)
+    return path.parent if inside and _is_run(path.parent) else None
+
+
+def label_folders(given: Sequence[str]) -> dict[str, Path]:
+    """Label -> folder, from ``FOLDER`` or ``LABEL=FOLDER``; the label is otherwise the end of the path.
+
+    It is as long an end as tells the folders apart: ``fira-1``, or ``a/model`` and ``b/model``.
+
+    Raises:
+        ConfigError: If there is none, or two have the same label.
+    """
+    labelled: list[tuple[str, Path]] = []
+    for text in given:
+        label, equals, folder = text.partition("=")
+        has_label = equals and label and "/" not in label and not Path(text).exists()
+        labelled.append((label, Path(folder)) if has_label else ("", Path(text)))
+    ends = iter(shortest_ends([folder.absolute().parts for label, folder in labelled if not label], joined_by="/"))
+    result = [(label or next(ends), folder) for label, folder in labelled]
+    for label, count in Counter(label for label, _ in result).items():
+        if count > 1:
+            raise ConfigError(f"{count} runs are called {label!r}. Name them apart: LABEL=FOLDER.")
+    if not result:
+        raise ConfigError("no run was given. Give at least one folder.")
+    return dict(result)
+
+
+def shortest_ends(paths: Sequence[tuple[str, ...]], *, joined_by: str) -> list[str]:
+    """For each path its last parts, as few as no other path ends with."""
+    ends = []
+    for path in paths:
+        lengths = range(1, len(path))
+        unlike = (n for n in lengths if not any(other[-n:] == path[-n:] for other in paths if other != path))
+        ends.append(joined_by.join(path[-next(unlike, len(path)) :]))
+    return ends
+
+
+class _Stored:
+    """The tensors of a folder's safetensors files, as they are stored."""
+
+    def __init__(self, folder: Path) -> None:
+        self.places: dict[str, Path] = {}
+        self.shapes: Shapes = {}
+        self.dtypes: dict[str, str] = {}
+        for path in _files(folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118, its type has no iterator
+                    view = file.get_slice(name)
+                    self.places[name], self.shapes[name] = path, tuple(view.get_shape())
+                    self.dtypes[name] = view.get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        with _opened(self.places[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: the shards that its index names, or its only file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read as an index ({error!r}). Save the model again.") from None
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names. Copy it there.")
+        return [folder / name for name in names]
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    raise ConfigError(
+        f"{folder} holds no model.safetensors and no model.safetensors.index.json"
+        + (f", only {', '.join(found)}" if found else "")
+        + ". Give a folder that save_pretrained wrote; of an adapter, the model it is merged into (`fullrank export`)."
+    )
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cannot be read ({error}). Copy or save it again.") from None
+
+
+def _folded(stored: _Stored, folder: Path) -> Weights:
+    """The weights of a checkpoint with LoRA's factors in it, each with its update added."""
+    adapted = {f"{name.removesuffix(FACTOR_A)}.weight" for name in stored.shapes if name.endswith(FACTOR_A)}
+    shapes = {name.replace(".base_layer.", "."): s for name, s in stored.shapes.items() if ".lora_" not in name}
+    alpha = _alpha(folder)
+    flipped = {name for name in adapted if _is_flipped(name, shapes, stored, folder)}
+    if flipped:  # a square one does not show it, but the others of its model do
+        flipped |= {name for name in adapted if shapes[name][0] == shapes[name][1]}
+
+    def read(name: str) -> Tensor:
+        if name not in adapted:
+            return _float64(stored.read(name), name, str(folder))
+        layer = name.removesuffix(".weight")
+        base, a, b = (
+            _float64(stored.read(layer + part), layer + part, str(folder)) for part in (BASE, FACTOR_A, FACTOR_B)
+        )
+        trained = layer + TRAINED_SCALE
+        scale = float(stored.read(trained).double().tanh()) if trained in stored.shapes else alpha / a.shape[0]
+        update = product(b, a, scale)
+        return base + (update.t() if name in flipped else update)
+
+    return Weights(str(folder), shapes, read)
+
+
+def _is_flipped(name: str, shapes: Shapes, stored: _Stored, folder: Path) -> bool:
+    """Check the parts of a layer; whether its weight is kept as columns x rows, as transformers' Conv1D does."""
+    layer = name.removesuffix(".weight")
+    if absent := [part for part in (BASE, FACTOR_B) if layer + part not in stored.shapes]:
+        raise CheckpointError(f"{folder} has factor A of {layer}, but no {layer + absent[0]}. Save it again.")
+    if stored.dtypes[layer + BASE] not in ("F64", "F32", "F16", "BF16"):
+        raise UnsupportedError(
+            f"the base of {layer} in {folder} is quantized ({stored.dtypes[layer + BASE]}), so it cannot be added to. "
+            "Give the folder of the merged model (model/ in the run's folder)."
+        )
+    rows, columns = stored.shapes[layer + FACTOR_B][0], stored.shapes[layer + FACTOR_A][1]
+    if shapes[name] not in ((rows, columns), (columns, rows)):
+        raise CheckpointError(
+            f"the factors of {layer} in {folder} make a {rows} x {columns} matrix, its base is {shapes[name]}. Save "
+            "it again."
+        )
+    return shapes[name] != (rows, columns)
+
+
+def _alpha(folder: Path) -> float:
+    """lora_alpha of the run that wrote a checkpoint."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return float(marker["config"]["method"]["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} holds LoRA's factors, and their scale, method.lora_alpha in its {MARKER}, cannot be read "
+            f"({error!r}). Give a complete checkpoint, or the folder of the merged model."
+        ) from None
+
+
+def _float64(tensor: Tensor, name: str, source: str) -> Tensor:
+    """A weight as numbers to compute with."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UnsupportedError(
+            f"{name} of {source} is stored as {kind}: quantized weights cannot be subtracted. Give the model in "
+            "float32, bfloat16 or float16."
+        )
+    values = tensor.detach().to("cpu", torch.float64)
+    if not values.isfinite().all():
+        raise CheckpointError(f"{name} of {source} is not finite. Give an earlier checkpoint.")
+    return values

@@ -1,0 +1,142 @@
+"""What a restart does to an optimizer's state: back to zero, or all but its largest entries dropped.
+
+Written for the states of Adam and its kin wherever they are kept: torch's classes (plain, foreach,
+fused), this package's, and bitsandbytes' 8-bit ones, whose codes are set to the code of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import UnsupportedError
+
+FIRST = ("exp_avg", "state1", "momentum_buffer")
+"""Names of the first moment."""
+MOMENTS = (*FIRST, "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "state2")
+"""Names of all moments."""
+CODES = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
+"""bitsandbytes' 8-bit moments: name of the codes -> of their table of values, and of the scales of their blocks."""
+RESETS = ("zero", "magnitude", "random", "none")
+
+
+class Reset(NamedTuple):
+    """How many entries of the moments are zero after a reset, of how many."""
+
+    num_zero: int
+    num_total: int
+
+    def __add__(self, other: Any) -> Reset:
+        """Of two parameters together."""
+        return Reset(self.num_zero + other.num_zero, self.num_total + other.num_total)
+
+    @property
+    def percent(self) -> float:
+        """The share in percent; 0 if there are no moments."""
+        return 100.0 * self.num_zero / self.num_total if self.num_total else 0.0
+
+
+@torch.no_grad()
+def reset_states(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    *,
+    how: str = "zero",
+    ratio: float = 0.9,
+    generator: torch.Generator | None = None,
+) -> Reset:
+    """Reset the state of these parameters, in place, and of no others.
+
+    Args:
+        optimizer: Any optimizer whose ``state`` holds its moments.
+        parameters: What to reset; one without a state yet is passed over.
+        how: ``zero``: every tensor of the state, and the step counter, so that bias correction starts
+            again. ``magnitude``: keep the entries with the largest first moment; ``random``: any.
+            These two drop the same entries of all moments, and keep the step counter. ``none``: count only.
+        ratio: Share of the entries that magnitude and random drop.
+        generator: Of the random choice, on the CPU.
+
+    Raises:
+        UnsupportedError: If the state is of a kind that magnitude or random cannot prune.
+    """
+    total = Reset(0, 0)
+    for parameter in parameters:
+        if state := optimizer.state.get(parameter):
+            if how == "zero":
+                _zero_(state)
+            elif how != "none":
+                _prune_(state, parameter, how, ratio, generator)
+            total += _count(state, parameter)
+    return total
+
+
+def _zero_(state: dict[str, Any]) -> None:
+    """As if no step had been taken. Plain tensors keep their place; a state of another kind is dropped whole."""
+    for key, value in list(state.items()):
+        if key in CODES and value.dtype == torch.uint8:
+            table, scales = CODES[key]
+            value.fill_(_code_of_zero(state[table]))
+            state[scales].zero_()
+        elif type(value) is Tensor and not key.startswith("qmap"):
+            value.zero_()
+        elif isinstance(value, int | float) and key == "step":
+            state[key] = type(value)(0)
+        elif torch.is_tensor(value) and not key.startswith("qmap"):
+            state.clear()  # a tensor subclass: its optimizer makes a new one at the next step
+            return
+
+
+def _prune_(
+    state: dict[str, Any], parameter: Tensor, how: str, ratio: float, generator: torch.Generator | None
+) -> None:
+    """Zero the same share of every moment, at the same entries."""
+    first = next((key for key in FIRST if key in state), None)
+    if first is None or type(state[first]) is not Tensor:
+        raise UnsupportedError(
+            f"reset {how!r} needs a first moment ({', '.join(FIRST)}) in plain tensors, and the state of a parameter "
+            f"of shape {tuple(parameter.shape)} holds {', '.join(map(str, state)) or 'nothing'}. Use reset 'zero'."
+        )
+    moment = state[first]
+    num_dropped = round(ratio * moment.numel())
+    if how == "magnitude":
+        order = _values(state, first).abs().flatten().topk(num_dropped, largest=False).indices
+    else:
+        order = torch.randperm(moment.numel(), generator=generator)[:num_dropped].to(moment.device)
+    for key in MOMENTS:
+        if key not in state or state[key].shape != moment.shape:
+            continue
+        flat = state[key].reshape(-1)  # a copy where the moment has no flat view
+        flat[order] = _code_of_zero(state[CODES[key][0]]) if flat.dtype == torch.uint8 else 0
+        state[key].copy_(flat.view(moment.shape))
+
+
+def _values(state: dict[str, Any], key: str) -> Tensor:
+    """A moment as numbers, decoded if it is kept as 8-bit codes."""
+    moment: Tensor = state[key]
+    if moment.dtype != torch.uint8:
+        return moment
+    table, scales = (state[name] for name in CODES[key])
+    block = -(-moment.numel() // scales.numel())
+    block = 1 << (block - 1).bit_length()  # bitsandbytes' blocks are powers of two, the last one may be shorter
+    values: Tensor = table[moment.flatten().long()] * scales.repeat_interleave(block)[: moment.numel()]
+    return values
+
+
+def _count(state: dict[str, Any], parameter: Tensor) -> Reset:
+    """How many entries of the moments are zero; a dropped state counts as two moments of zeros."""
+    if not state:
+        return Reset(2 * parameter.numel(), 2 * parameter.numel())
+    result = Reset(0, 0)
+    for key in MOMENTS:
+        if torch.is_tensor(state.get(key)):
+            zero = _code_of_zero(state[CODES[key][0]]) if state[key].dtype == torch.uint8 else 0
+            result += Reset(int((state[key] == zero).sum()), state[key].numel())
+    return result
+
+
+def _code_of_zero(table: Tensor) -> int:
+    """The code that bitsandbytes' table maps to 0."""
+    return int(table.abs().argmin())

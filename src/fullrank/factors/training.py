@@ -1,0 +1,203 @@
+"""What LoRA and ReLoRA share: their options, what trains beside the factors, the optimizer, its bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.errors import ConfigError
+from fullrank.factors.cycles import Cycles
+from fullrank.factors.find import find_pairs, lora_layers, target_layers
+from fullrank.factors.pair import LowRankPair
+from fullrank.optimizer import AdamConfig, adam_problems
+from fullrank.params import rank_problems
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorConfig(AdamConfig):
+    """Options of the methods that train LoRA's factors."""
+
+    eps: float = 1e-8
+    """Added to the root of the bias-corrected second moment."""
+    rank: int = 128
+    """Rank of the factors, at most the short side of each matrix."""
+    lora_alpha: float = 32.0
+    """Scale of the factors times their rank: a matrix is W + lora_alpha / rank * B A."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of the factors that is dropped at random."""
+    target_modules: list[str] = field(default_factory=lambda: ["attn", "mlp"])
+    """Substrings of the names of the linear layers that get factors."""
+    trainable_scaling: bool = False
+    """Train the scale, tanh(s) with s = 1 at first, in place of lora_alpha / rank."""
+    train_embeddings: bool = True
+    """Train the embeddings too, full-rank."""
+    train_norms: bool = True
+    """Train norms and biases too."""
+    train_head: bool = True
+    """Train the language-model head too, full-rank."""
+    factor_dtype: Literal["float32", "bfloat16"] | None = "float32"
+    """Data type of the factors and so of their moments; null: that of the weights."""
+    warm_start_steps: int = 0
+    """Optimizer steps of full-rank training first; the matrices then freeze and their factors train."""
+    warm_start_lr: float | None = None
+    """Peak learning rate of the warm start; null: half of lr."""
+    restart_warmup_steps: int = 100
+    """Optimizer steps in which the learning rate rises again, after the warm start and after each restart."""
+    seed: int = 0
+    """Seed of the factors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRequest:
+    """The LoRA layers that a method wants on a model before it is built; whoever knows PEFT puts them there."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: list[str]
+    trainable_scaling: bool
+    dtype: torch.dtype | None
+    """Data type of the factors; None: that of the weights."""
+    seed: int
+    keeps_base: bool
+    """Whether the weights under the factors stay as they were, so that the factors are the whole result."""
+
+    @classmethod
+    def of(cls, config: FactorConfig, *, keeps_base: bool) -> AdapterRequest:
+        """The request of a method with these options."""
+        return cls(
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+            trainable_scaling=config.trainable_scaling,
+            dtype=getattr(torch, config.factor_dtype) if config.factor_dtype else None,
+            seed=config.seed,
+            keeps_base=keeps_base and not config.warm_start_steps,
+        )
+
+
+def factor_problems(config: FactorConfig, cycles: Cycles) -> list[str]:
+    """What is wrong with the options, one sentence each."""
+    problems = adam_problems(dataclasses.asdict(config)) + cycles.problems()
+    if not config.lora_alpha > 0.0:
+        problems.append(f"lora_alpha must be above 0, got {config.lora_alpha!r}. At 0 the factors have no effect.")
+    if not 0.0 <= config.lora_dropout < 1.0:
+        problems.append(f"lora_dropout must be at least 0 and below 1, got {config.lora_dropout!r}.")
+    if config.warm_start_lr is not None and not config.warm_start_lr > 0.0:
+        problems.append(f"warm_start_lr must be above 0, got {config.warm_start_lr!r}. null is half of lr.")
+    return problems
+
+
+def cycles_of(config: FactorConfig, *, restart_every: int | None = None, adjust_step: int = 0) -> Cycles:
+    """Warm start and restarts under these options."""
+    return Cycles(
+        restart_every=restart_every,
+        restart_warmup_steps=config.restart_warmup_steps,
+        warm_start_steps=config.warm_start_steps,
+        warm_start_lr_ratio=0.5 if config.warm_start_lr is None else config.warm_start_lr / (config.lr or 1.0),
+        adjust_step=adjust_step,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of a model by what happens to them."""
+
+    pairs: Sequence[LowRankPair]
+    beside: list[nn.Parameter]
+    """Train full-rank throughout: embeddings, norms and head, as far as they are wanted."""
+    frozen: list[nn.Parameter]
+    """Train in a warm start alone; the weights of the pairs are not among them."""
+
+
+def divide(model: nn.Module, config: FactorConfig) -> Parts:
+    """The parts of a model that has its LoRA layers."""
+    pairs = find_pairs(model)
+    taken = {parameter for pair in pairs for parameter in (pair.weight, *pair.parameters())}
+    wanted = wanted_beside(model, config)
+    rest = [parameter for parameter in model.parameters() if parameter not in taken]
+    return Parts(pairs, [p for p in rest if p in wanted], [p for p in rest if p not in wanted])
+
+
+def wanted_beside(model: nn.Module, config: FactorConfig) -> set[nn.Parameter]:
+    """What trains beside the factors: embeddings, norms (and biases) and head; a tied head if either does."""
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    head = set(output.parameters()) if output is not None else set()
+    norms = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    wanted: set[nn.Parameter] = set()
+    for parameters, is_wanted in (
+        (embeddings, config.train_embeddings),
+        (head, config.train_head),
+        (norms, config.train_norms),
+    ):
+        wanted |= parameters if is_wanted else set()
+    return wanted
+
+
+def make_optimizer(parts: Parts, config: FactorConfig) -> torch.optim.AdamW:
+    """AdamW, fused, over the factors, what trains beside them, and for a warm start the rest; freezes what waits."""
+    factors = [parameter for pair in parts.pairs for parameter in pair.parameters()]
+    for parameter in (*(pair.weight for pair in parts.pairs), *parts.frozen):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(False)
+    for parameter in (*factors, *parts.beside):
+        parameter.requires_grad_(True)
+    groups: list[dict[str, list[Tensor]]] = [{"params": factors}]
+    if parts.beside:
+        groups.append({"params": list(parts.beside)})
+    if config.warm_start_steps:
+        groups.append({"params": [*(pair.weight for pair in parts.pairs), *parts.frozen]})
+    logger.info(
+        "%d matrices with factors of rank %d (%d numbers), %d numbers beside them train, %d are frozen%s",
+        len(parts.pairs),
+        config.rank,
+        sum(parameter.numel() for parameter in factors),
+        sum(parameter.numel() for parameter in parts.beside),
+        sum(pair.weight.numel() for pair in parts.pairs) + sum(parameter.numel() for parameter in parts.frozen),
+        f" after {config.warm_start_steps} steps" if config.warm_start_steps else "",
+    )
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def planned_state_bytes(model: nn.Module, config: FactorConfig) -> int:
+    """Two moments and a step counter (float32) for all that trains; with a warm start, the most there are at a time.
+
+    The model may have its LoRA layers or not.
+    """
+    if next(lora_layers(model), None) is not None:
+        pairs = find_pairs(model)
+        factors = [(p.numel(), p.element_size()) for pair in pairs for p in pair.parameters()]
+        taken = {p for pair in pairs for p in pair.parameters()}
+        targets = {pair.weight for pair in pairs}
+    else:
+        layers = target_layers(model, config.target_modules)
+        factors = [size for name, layer in layers.items() for size in _factor_sizes(name, layer, config)]
+        taken, targets = set(), {layer.weight for layer in layers.values()}
+    dense = [parameter for parameter in model.parameters() if parameter not in taken]
+    wanted = wanted_beside(model, config) - targets
+    later = [*factors, *((p.numel(), p.element_size()) for p in dense if p in wanted)]
+    first = [(p.numel(), p.element_size()) for p in dense] if config.warm_start_steps else []
+    return max(sum(2 * numel * size + 4 for numel, size in sizes) for sizes in (later, first))
+
+
+def _factor_sizes(name: str, layer: Any, config: FactorConfig) -> list[tuple[int, int]]:
+    """Number of elements and bytes of each of A, B and a trained scale that a layer would get."""
+    weight: Tensor = layer.weight
+    if problems := rank_problems(config.rank, tuple(weight.shape), name):
+        raise ConfigError(problems[0])
+    size = (getattr(torch, config.factor_dtype) if config.factor_dtype else weight.dtype).itemsize
+    scale = [(1, 4)] if config.trainable_scaling else []
+    return [(config.rank * weight.shape[0], size), (config.rank * weight.shape[1], size), *scale]

@@ -1,0 +1,46 @@
+"""Adding a low-rank product to a weight so that a small update is not lost to rounding.
+
+Shape legend: W (M x N), B (M x r), A (r x N). In bfloat16 a weight near 0.02 moves in steps of 1e-4:
+rounded to nearest, most entries of a smaller update vanish. Rounded at random, up or down with the
+probability that keeps the mean (https://arxiv.org/abs/1502.02551), the update arrives on average.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of a float32 that the type does not have."""
+
+
+def product(b_Mr: Tensor, a_rN: Tensor, scale: float | Tensor) -> Tensor:
+    """The product scale * B A in float32 at least (M x N)."""
+    dtype = torch.promote_types(b_Mr.dtype, torch.float32)
+    return (b_Mr.to(dtype) * scale) @ a_rN.to(dtype)
+
+
+def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Values in a shorter type, each rounded up or down at random so that its mean is the value.
+
+    A type that is not shorter takes them as they are. float16 below its normal range is rounded to
+    nearest in its last bits.
+    """
+    if dtype not in DROPPED_BITS:
+        return values.to(dtype)
+    bits = DROPPED_BITS[dtype]
+    pattern = values.to(torch.float32).view(torch.int32)
+    noise = torch.randint(0, 1 << bits, pattern.shape, dtype=torch.int32, device=values.device, generator=generator)
+    rounded = ((pattern + noise) >> bits << bits).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values.to(torch.float32)).to(dtype)
+
+
+def kaiming_uniform_(matrix: Tensor, generator: torch.Generator) -> None:
+    """Fill A (r x N) as LoRA starts: uniform within 1 / sqrt(N), which is kaiming_uniform with a = sqrt(5).
+
+    Drawn on the CPU in float32, so every rank and every device gets the same numbers.
+    """
+    bound = 1.0 / math.sqrt(matrix[0].numel())
+    matrix.copy_(torch.empty(matrix.shape).uniform_(-bound, bound, generator=generator))

@@ -1,0 +1,106 @@
+"""PEFT's LoRA layers on a model, and off it again: the only file that imports PEFT.
+
+The layers are put inside the model, which stays the class that it is. So a checkpoint holds all its weights,
+those that a restart merged into and the embeddings among them, and resumes like that of any other model.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from fullrank.errors import ConfigError
+from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
+from fullrank.params import rank_problems
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"
+
+
+class Adapters:
+    """The LoRA layers of one model.
+
+    Args:
+        model: Gets the layers; its other parameters freeze.
+        request: What a method asks for.
+
+    Raises:
+        ConfigError: If a pattern matches no linear layer, or the rank is above a short side.
+    """
+
+    def __init__(self, model: PreTrainedModel, request: AdapterRequest) -> None:
+        layers = target_layers(model, request.target_modules)
+        for name, layer in layers.items():
+            if problems := rank_problems(request.rank, tuple(layer.weight.shape), name):
+                raise ConfigError(problems[0])
+        config = LoraConfig(
+            r=request.rank,
+            lora_alpha=cast(int, request.alpha),  # PEFT only divides it: any number will do
+            lora_dropout=request.dropout,
+            target_modules=list(layers),
+            fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in layers.values()),
+        )
+        with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are drawn again below
+            self.peft: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
+        self.request = request
+        for number, pair in enumerate(self.pairs()):
+            dtype = request.dtype or pair.weight.dtype
+            for factor in pair.parameters():
+                factor.data = factor.data.to(dtype)
+            pair.reinit_(torch.Generator().manual_seed(request.seed * 1_000_003 + number))
+        if request.trainable_scaling:
+            train_scaling(model, ADAPTER)
+
+    def pairs(self) -> list[LowRankPair]:
+        """Every weight with its factors."""
+        return list(find_pairs(self.peft, adapter=ADAPTER))
+
+    def save(self, folder: Path) -> int:
+        """Write a PEFT adapter: factors, and whole the modules that trained beside them; returns its bytes.
+
+        ``PeftModel.from_pretrained(base, folder)`` loads it. A trained scale is folded into B.
+        """
+        pairs = self.pairs()
+        config: Any = self.peft.peft_config[ADAPTER]
+        tensors: dict[str, torch.Tensor] = {}
+        for pair in pairs:
+            scale = pair.scale.detach().tanh() if isinstance(pair.scale, torch.Tensor) else pair.scale
+            b = pair.b.detach() * (scale / (config.lora_alpha / config.r))
+            tensors |= {f"{pair.name}.lora_A.weight": pair.a.detach(), f"{pair.name}.lora_B.weight": b}
+        beside = self._modules_beside({p for pair in pairs for p in (pair.weight, *pair.parameters())})
+        tensors |= {f"base_model.model.{name}": value for name, value in beside.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        modules = sorted({name.split(".")[-2] for name in beside})
+        config.modules_to_save = modules or None
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+    def _modules_beside(self, taken: set[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters, by their names in the model, of every module that trains beside the factors."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.peft.get_base_model().named_parameters()
+            if parameter.requires_grad and parameter not in taken
+        }
+
+    def save_plain(self, folder: Path) -> None:
+        """Write the model without its factors, as ``from_pretrained`` loads it."""
+        model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
+        state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
+        model.save_pretrained(folder, state_dict=state)
+
+    def remove(self) -> None:
+        """Merge the factors into their weights, rounded to nearest, and leave the plain model behind."""
+        for pair in self.pairs():
+            pair.merge_(stochastic=False)
+        self.peft.unload()
