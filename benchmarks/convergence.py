@@ -2,40 +2,17 @@
 
     python benchmarks/convergence.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz
 
-A LLaMA of about 4 M parameters; each variant runs a small grid of learning rates with the first seed, and the
-best rate again with every further seed. If the best rate lies at an end of the grid, the grid is extended by one.
-Every finished run is kept in ``--work``, so an interrupted benchmark goes on where it was. Writes JSON with the
+A LLaMA of about 4 M parameters; each variant at a small grid of learning rates (``grid.py``). Writes JSON with the
 environment and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
 
-HIDDEN, RANK, GAP = 256, 64, 50
+from grid import Variant, add_arguments, run_all, summarise, write_report
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with options, and the learning rates to try, ascending."""
-
-    name: str
-    method: str
-    rates: tuple[float, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"
-    """Data type of the weights."""
-
-
+RANK, GAP = 64, 50
 PROJECTED = {"rank": RANK, "update_proj_gap": GAP, "alpha": 0.25, "basis": "power"}
 CODE = PROJECTED | {"alpha_on": "subspace"}  # the authors' alpha
 LOW = (1.5e-3, 3e-3, 6e-3)
@@ -56,150 +33,15 @@ VARIANTS = [
 ]
 
 
-def configuration(variant: Variant, lr: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe of one run."""
-    return {
-        "model": {
-            "name": "llama-9m",
-            "dtype": variant.dtype,
-            "overrides": {
-                "hidden_size": HIDDEN,
-                "intermediate_size": 688,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-            },
-        },
-        "data": {
-            "name": str(args.data),
-            "validation": str(args.validation),
-            "vocab_size": 2048,
-            "sequence_length": 128,
-            "validation_tokens": 32_768,
-        },
-        "method": {"name": variant.method, "lr": lr, **variant.options},
-        "trainer": {
-            "max_steps": args.steps,
-            "warmup_steps": args.steps // 10,
-            "per_device_train_batch_size": args.batch,
-            "per_device_eval_batch_size": 32,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "logging_steps": 10,
-            "disable_tqdm": True,
-            "max_grad_norm": 0.0 if args.no_clip else 1.0,
-        },
-        "seed": seed,
-    }
-
-
-def run(variant: Variant, lr: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train once, or read the result of an earlier call."""
-    import torch
-
-    from fullrank import TrainingError
-    from fullrank.train.resolve import resolve
-    from fullrank.train.run import pretrain
-
-    torch.set_num_threads(args.threads)
-    name = f"{variant.name.replace(', ', '+').replace(' ', '_').replace('/', 'over')}-{lr:g}-{seed}"
-    kept = args.work / f"{name}.json"
-    if kept.is_file():
-        return dict(json.loads(kept.read_text()))
-    folder = args.work / "runs" / f"{name}-{time.time_ns()}"
-    row: dict[str, Any] = {"variant": variant.name, "lr": lr, "seed": seed, "perplexity": math.inf}
-    try:
-        recipe = configuration(variant, lr, seed, args) | {"output_dir": str(folder)}
-        result = pretrain(resolve(recipe))
-        assert result is not None
-        keys = ("perplexity", "eval_loss", "tokens", "optimizer_state_bytes", "adamw_state_bytes", "parameters")
-        row |= {key: result[key] for key in keys} | {"versions": result["versions"], "hardware": result["hardware"]}
-    except TrainingError as error:
-        row["error"] = str(error).split(". ", maxsplit=1)[0]
-    kept.write_text(json.dumps(row))
-    print(f"{row['perplexity']:10.2f}  {variant.name}, lr {lr:g}, seed {seed}", flush=True)
-    return row
-
-
-def search(variant: Variant, rows: list[dict[str, Any]]) -> float | None:
-    """A rate to try next if the best one lies at an end of what was tried, else None (tried at most twice over)."""
-    tried = sorted(row["lr"] for row in rows)
-    best = min(rows, key=lambda row: row["perplexity"])["lr"]
-    if len(tried) >= len(variant.rates) + 2 or best not in (tried[0], tried[-1]):
-        return None
-    return best / 2 if best == tried[0] else best * 2
-
-
-def summarise(variant: Variant, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of the table: the best rate, its seeds, and every rate of the first seed."""
-    first = min(row["seed"] for row in rows)
-    grid = {f"{row['lr']:g}": row["perplexity"] for row in rows if row["seed"] == first}
-    best = min((row for row in rows if row["seed"] == first), key=lambda row: row["perplexity"])
-    seeds = [row["perplexity"] for row in rows if row["lr"] == best["lr"]]
-    return {
-        "variant": variant.name,
-        "method": variant.method,
-        "options": variant.options,
-        "dtype": variant.dtype,
-        "lr": best["lr"],
-        "perplexity": statistics.fmean(seeds),
-        "perplexity_by_seed": seeds,
-        "grid": dict(sorted(grid.items(), key=lambda item: float(item[0]))),
-        "optimizer_state_bytes": best.get("optimizer_state_bytes"),
-        "adamw_state_bytes": best.get("adamw_state_bytes"),
-    }
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="training text, as data.name")
-    parser.add_argument("--validation", type=Path, required=True, help="validation text, as data.validation")
-    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of a run")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 128 tokens per step")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    add_arguments(parser, steps=250, work="runs/convergence")
     parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
-    parser.add_argument("--no_clip", action="store_true", help="no gradient clipping, as the authors' scripts")
-    parser.add_argument("--work", type=Path, default=Path("runs/convergence"), help="folder of finished runs")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
-    (args.work / "runs").mkdir(parents=True, exist_ok=True)
     chosen = [variant for variant in VARIANTS if variant.name in args.variants]
-    rows: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        todo = [(variant, lr, args.seeds[0]) for variant in chosen for lr in variant.rates]
-        while todo:
-            done = list(pool.map(run, *zip(*todo, strict=True), [args] * len(todo)))
-            for row in done:
-                rows[row["variant"]].append(row)
-            todo = [(v, lr, args.seeds[0]) for v in chosen if (lr := search(v, rows[v.name])) is not None]
-        best = {v.name: min(rows[v.name], key=lambda row: row["perplexity"])["lr"] for v in chosen}
-        again = [(v, best[v.name], seed) for seed in args.seeds[1:] for v in chosen]
-        for row in pool.map(run, *zip(*again, strict=True), [args] * len(again)) if again else []:
-            rows[row["variant"]].append(row)
-    table = [summarise(variant, rows[variant.name]) for variant in chosen]
-    sample = next(row for found in rows.values() for row in found if "versions" in row)
-    report = {
-        "benchmark": "convergence",
-        "model": {"parameters": sample["parameters"], "hidden_size": HIDDEN, "layers": 4, "vocabulary": 2048},
-        "data": f"{args.data.name}, {sample['tokens']} tokens a run, {args.steps} steps",
-        "clipping": None if args.no_clip else 1.0,
-        "seeds": args.seeds,
-        "versions": sample["versions"],
-        "hardware": sample["hardware"],
-        "date": time.strftime("%Y-%m-%d"),
-        "results": table,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1))
-    print("| variant | best lr | perplexity (mean of seeds) | each seed | optimizer state, share of AdamW |")
-    print("| --- | --- | --- | --- | --- |")
-    for line in sorted(table, key=lambda line: line["perplexity"]):
-        seeds = " ".join(f"{value:.1f}" for value in line["perplexity_by_seed"])
-        share = (line["optimizer_state_bytes"] or 0) / (line["adamw_state_bytes"] or 1)
-        print(f"| {line['variant']} | {line['lr']:g} | {line['perplexity']:.1f} | {seeds} | {share:.0%} |")
+    rows = run_all(chosen, args)
+    write_report("convergence", [summarise(variant, rows[variant.name]) for variant in chosen], rows, args)
 
 
 if __name__ == "__main__":

@@ -159,12 +159,12 @@ def test_method_has_its_page_and_its_recipe(method: str) -> None:
     assert any(name.endswith(f"-{method}") for name in recipe_names())
 
 
-def recipe_row(name: str) -> list[str]:
-    """The cells of a recipe's row in docs/recipes.md, after its name."""
-    table = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    row = re.search(rf"^\| `{name.partition('/')[2]}` \| (.*) \|$", table, re.MULTILINE)
-    assert row, f"{name} has no row"
-    return row[1].split(" | ")
+def recipe_row(name: str, *, table: int = 0) -> list[str]:
+    """The cells of a recipe's row in docs/recipes.md, after its name; in the first of the tables that have one."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| `{name.partition('/')[2]}` \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > table, f"{name} has no row"
+    return str(rows[table]).split(" | ")
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("pretrain/")])
@@ -179,9 +179,30 @@ def test_pretraining_recipe_is_listed_with_its_values(name: str) -> None:
     elif config.method_name == "sift":
         assert rank == alpha == "-"
         assert int(gap) == method.reselect_every
+    elif config.method_name in ("lora", "relora"):
+        assert (int(rank), float(alpha)) == (method.rank, method.lora_alpha)
+        assert gap == str(getattr(method, "restart_every", "-"))
     else:
         assert (int(rank), float(alpha), int(gap)) == (method.rank, method.alpha, method.update_proj_gap)
     assert published.split(" ")[0] in show_recipe(name)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("-relora")])
+def test_relora_recipe_is_listed_with_its_batches(name: str) -> None:
+    """The second table has what differs between the sizes."""
+    config = resolve(name)
+    sequences, length, warm_start, rate, reset, rise = recipe_row(name, table=1)
+    method = config.method
+    assert int(sequences.replace(",", "")) == config.trainer["total_batch_size"]
+    assert int(length.replace(",", "")) == config.data.sequence_length
+    assert int(rise) == method.restart_warmup_steps
+    assert reset == ("zero" if method.reset == "zero" else f"{method.reset} {method.reset_ratio}")
+    if config.model.pretrained:
+        assert (method.warm_start_steps, rate) == (0, "-")
+        assert config.model.revision == f"step{warm_start.split()[-1].replace(',', '')}"
+    else:
+        assert int(warm_start.split()[0].replace(",", "")) == method.warm_start_steps
+        assert float(rate) == method.warm_start_lr
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("finetune/")])

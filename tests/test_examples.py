@@ -38,3 +38,10 @@ def test_sift_learns_with_a_hundredth_of_the_entries_and_saves_a_small_file() ->
     assert int(adapter.replace(",", "")) * 10 < int(model.replace(",", ""))
     same, of = re.findall(r"(\d+) of (\d+) predictions the same", printed)[0]
     assert int(same) >= 0.99 * int(of)
+
+
+def test_relora_passes_the_rank_of_a_cycle_and_resumes_to_the_same_weights() -> None:
+    found = re.findall(r"sum to ([-\d.]+) after 80 steps; .* rank (\d+), one cycle's has (\d+)", run("relora_peft.py"))
+    (first, rank, of_a_cycle), (second, *_) = found
+    assert first == second
+    assert int(rank) == 4 * int(of_a_cycle)

@@ -220,7 +220,18 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
 def test_the_table_has_a_line_for_each_type_and_run() -> None:
     first, second = measured(model(1), model(0)), measured(model(0), model(0), target_modules=["attn"])
     lines = table({"full": first, "a-longer-name": second}).splitlines()
-    assert lines[0].split() == "matrix run below 0.1 of effective rank numerical rank largest".split()
+    assert lines[0].split() == [
+        "matrix",
+        "run",
+        "below",
+        "0.1",
+        "of",
+        "effective",
+        "rank",
+        "numerical",
+        "rank",
+        "largest",
+    ]
     assert [line.split()[:2] for line in lines[1:]] == [
         ["k_proj", "full"],
         ["k_proj", "a-longer-name"],

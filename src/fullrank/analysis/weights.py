@@ -153,12 +153,13 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = sorted({folder / name for name in named})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read as an index ({error!r}). Save the model again.") from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
+        if missing := [path.name for path in shards if not path.is_file()]:
             raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names. Copy it there.")
-        return [folder / name for name in names]
+        return shards
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
     found = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -179,7 +180,8 @@ def _opened(path: Path) -> Any:
 def _folded(stored: _Stored, folder: Path) -> Weights:
     """The weights of a checkpoint with LoRA's factors in it, each with its update added."""
     adapted = {f"{name.removesuffix(FACTOR_A)}.weight" for name in stored.shapes if name.endswith(FACTOR_A)}
-    shapes = {name.replace(".base_layer.", "."): s for name, s in stored.shapes.items() if ".lora_" not in name}
+    places = {name.replace(".base_layer.", "."): name for name in stored.shapes if ".lora_" not in name}
+    shapes = {name: stored.shapes[place] for name, place in places.items()}
     alpha = _alpha(folder)
     flipped = {name for name in adapted if _is_flipped(name, shapes, stored, folder)}
     if flipped:  # a square one does not show it, but the others of its model do
@@ -187,7 +189,7 @@ def _folded(stored: _Stored, folder: Path) -> Weights:
 
     def read(name: str) -> Tensor:
         if name not in adapted:
-            return _float64(stored.read(name), name, str(folder))
+            return _float64(stored.read(places[name]), name, str(folder))
         layer = name.removesuffix(".weight")
         base, a, b = (
             _float64(stored.read(layer + part), layer + part, str(folder)) for part in (BASE, FACTOR_A, FACTOR_B)

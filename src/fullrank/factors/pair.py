@@ -118,6 +118,15 @@ class LowRankPair:
         self.weight.copy_((stored.t() if self.transposed else stored).reshape(self.weight.shape))
         return stored
 
+    def stored(self) -> dict[str, Tensor]:
+        """The weight as it is kept, for a file."""
+        return {"weight": self.weight.detach()}
+
+    @torch.no_grad()
+    def restore_(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``stored`` gave."""
+        self.weight.copy_(tensors["weight"])
+
     def freeze(self, *, frozen: bool = True) -> None:
         """Say whether the weight itself trains (in a warm start) or its factors do."""
         self.weight.requires_grad_(not frozen)

@@ -63,13 +63,34 @@ class QuantizedPair(LayerPair):
             base.quant_state = weight.quant_state
         else:
             codes, scales, _ = functional.int8_vectorwise_quant(values.half())
-            weight.data = codes
-            holder = base.state if base.state.CB is not None else weight
-            holder.CB, holder.SCB = codes, scales
+            _keep_int8(base, codes, scales)
         return self.read()
+
+    def stored(self) -> dict[str, Tensor]:
+        """Codes and what decodes them, by bitsandbytes' own names."""
+        base = self.layer.get_base_layer()
+        return {name: tensor for name, tensor in base.state_dict().items() if name != "bias"}
+
+    def restore_(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``stored`` gave."""
+        base = self.layer.get_base_layer()
+        weight: Any = base.weight
+        if type(weight).__name__ == "Params4bit":
+            statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
+            found = type(weight).from_prequantized(tensors["weight"], statistics, device=weight.device)
+            weight.data, weight.quant_state = found.data, found.quant_state
+            base.quant_state = weight.quant_state
+        else:
+            _keep_int8(base, tensors["weight"].to(weight.device), tensors["SCB"].to(weight.device))
 
 
 def _int8(base: Any) -> tuple[Tensor, Tensor]:
     """Codes and scales of an 8-bit layer: with the weight until the first forward pass, then in the layer's state."""
     holder = base.state if base.state.CB is not None else base.weight
     return holder.CB, holder.SCB
+
+
+def _keep_int8(base: Any, codes: Tensor, scales: Tensor) -> None:
+    base.weight.data = codes
+    holder = base.state if base.state.CB is not None else base.weight
+    holder.CB, holder.SCB = codes, scales

@@ -1,0 +1,107 @@
+"""ReLoRA's restarts inside any transformers.Trainer: one callback, with a resume that is the same run.
+
+A Trainer saves of a PeftModel its adapter alone. The weights that restarts have merged into, and what trains in
+place beside the factors, would be lost; the callback puts them into the checkpoint and takes them back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from fullrank.errors import CheckpointError, UnsupportedError
+from fullrank.methods.relora import ReLoRA
+from fullrank.train.callbacks import MethodSteps
+
+FILE = "relora.safetensors"
+
+
+class ReLoRACallback(MethodSteps):
+    """Steps a ``ReLoRA`` with a Trainer, and completes its checkpoints.
+
+    Args:
+        relora: On the model and the optimizer that the Trainer is given.
+        resume_from: The checkpoint that ``trainer.train`` resumes from, if it is not one of ``args.output_dir``.
+    """
+
+    def __init__(self, relora: ReLoRA, *, resume_from: str | Path | None = None) -> None:
+        super().__init__(relora.after_step)
+        self.relora = relora
+        self.resume_from = resume_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the weights back on a resume, and go on at its step.
+
+        Raises:
+            CheckpointError: If the checkpoint lacks them.
+            UnsupportedError: For a warm start in several processes.
+        """
+        super().on_train_begin(args, state, control, **kwargs)
+        if args.world_size > 1 and self.num_steps < self.relora.warm_start.steps:
+            raise UnsupportedError(
+                "DDP cannot change which parameters train while it runs. Run the warm start first and wrap the model "
+                "anew after it, as `fullrank pretrain --method.name relora` does, or start from a trained model."
+            )
+        if state.global_step > 0:
+            folder = Path(self.resume_from or _checkpoint(args, state))
+            self._load(folder, kwargs["model"])
+        self.relora.at_step(self.num_steps)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the checkpoint, if it holds the adapter alone."""
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and not holds_whole_model(folder):
+            tensors = {f"{pair.name}/{key}": t for pair in self.relora.pairs for key, t in pair.stored().items()}
+            tensors |= {name: parameter.detach() for name, parameter in self._beside(kwargs["model"]).items()}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / FILE)
+
+    def _beside(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What trains in place: neither factors nor weights with factors, nor PEFT's own copies of modules."""
+        taken = {p for pair in self.relora.pairs for p in (pair.weight, *pair.parameters())}
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter not in taken and ".modules_to_save." not in name
+        }
+
+    @torch.no_grad()
+    def _load(self, folder: Path, model: nn.Module) -> None:
+        if holds_whole_model(folder):
+            return
+        if not (folder / FILE).is_file():
+            raise CheckpointError(
+                f"{folder} has no {FILE}, so the weights that restarts merged into are not there. Resume from a "
+                "checkpoint that a ReLoRACallback wrote to its end; name it with resume_from if it lies elsewhere."
+            )
+        tensors = load_file(folder / FILE)
+        for pair in self.relora.pairs:
+            prefix = f"{pair.name}/"
+            kept = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            _check(bool(kept), folder, pair.name)
+            pair.restore_(kept)
+        for name, parameter in self._beside(model).items():
+            _check(name in tensors, folder, name)
+            parameter.copy_(tensors[name])
+
+
+def holds_whole_model(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all weights of the model, not those of an adapter alone."""
+    return any(checkpoint.glob("model*.safetensors"))
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _check(found: bool, folder: Path, name: str) -> None:
+    if not found:
+        raise CheckpointError(
+            f"{folder / FILE} does not hold {name}. Build model and ReLoRA as they were when it was saved."
+        )
