@@ -108,10 +108,13 @@ def run(variant: Variant, lr: float, seed: int, args: argparse.Namespace) -> dic
 
 
 def search(variant: Variant, rows: list[dict[str, Any]]) -> float | None:
-    """A rate to try next if the best one lies at an end of what was tried, else None (tried at most twice over)."""
+    """A rate to try next if the best one lies at an end of what was tried, else None (tried at most twice over).
+
+    A variant with a single rate is not searched.
+    """
     tried = sorted(row["lr"] for row in rows)
     best = min(rows, key=lambda row: row["perplexity"])["lr"]
-    if len(tried) >= len(variant.rates) + 2 or best not in (tried[0], tried[-1]):
+    if len(variant.rates) == 1 or len(tried) >= len(variant.rates) + 2 or best not in (tried[0], tried[-1]):
         return None
     return best / 2 if best == tried[0] else best * 2
 

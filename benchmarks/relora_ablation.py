@@ -15,7 +15,7 @@ from grid import Variant, add_arguments, run_all, summarise, write_report
 
 RANK, CYCLE, RISE, WARM_START = 32, 75, 10, 125
 """Rank of the factors, length of a cycle, of its warm-up, and of the warm start (optimizer steps)."""
-FULL_LR = 2e-3
+FULL_LR = 1e-3
 """Rate of full-rank training, and so of the warm starts; the grid of ``full`` holds it."""
 LORA = {"rank": RANK, "lora_alpha": RANK}
 RESTARTS = LORA | {"restart_every": CYCLE}

@@ -46,6 +46,12 @@ def main() -> None:
             model = get_peft_model(
                 LlamaForCausalLM(config), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
             )
+            for (
+                name,
+                parameter,
+            ) in model.named_parameters():  # from random weights these have to train too, as in the paper
+                if any(part in name for part in ("embed", "norm", "lm_head")):
+                    parameter.requires_grad_(True)
             weight = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
             before = weight.get_base_layer().weight.detach().clone()
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -319,13 +319,18 @@ def test_the_trainer_reports_where_it_is_told_to(text: Path, tmp_path: Path) -> 
 def test_a_method_can_act_after_a_step_and_bend_the_schedule(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest of the contract of a method: ``after_step`` and ``lr_scale``, functions of the step number."""
+    """The rest of the contract of a method: ``after_step`` and ``schedule``, functions of the step number."""
     acted: list[int] = []
     full = METHODS["full"]
 
     def build(model: torch.nn.Module, config: Any) -> Built:
         optimizer = full.build(model, config).optimizer
-        return Built(optimizer, after_step=acted.append, lr_scale=lambda n: 0.5 if n >= 3 else 1.0)
+
+        def schedule(base: Any, warmup_steps: int, num_training_steps: int) -> Any:
+            assert (warmup_steps, num_training_steps) == (2, 5)
+            return lambda n: base(n) * (0.5 if n >= 3 else 1.0)
+
+        return Built(optimizer, after_step=acted.append, schedule=schedule)
 
     monkeypatch.setitem(METHODS, "full", dataclasses.replace(full, build=build))
     content = recipe(text, tmp_path / "run", "full", max_steps=5, lr_scheduler_type="constant")

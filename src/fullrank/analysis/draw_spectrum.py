@@ -47,15 +47,19 @@ def make_figure(spectra: Mapping[str, Spectrum]) -> Figure:
     kinds = list(dict.fromkeys(kind for found in spectra.values() for kind in found.types))
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // columns)
-    figure = Figure(figsize=(1 + 2.9 * columns, 1.1 + 2.5 * rows), dpi=110, layout="constrained")
+    width = max(1 + 2.9 * columns, 5.0)  # inches
+    longest = max(len("threshold 0.1"), *map(len, spectra))
+    ncols = max(int(width / (0.8 + 0.09 * longest)), 1)
+    height = 0.8 + 2.5 * rows + 0.22 * -(-(len(spectra) + 1) // ncols)
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     places = list(grid.flat)
-    for axes, kind in zip(places, kinds, strict=False):
-        _draw_panel(axes, kind, spectra)
     largest = max(found.types[kind].largest for found in spectra.values() for kind in found.types)
     limits = [found.threshold for found in spectra.values()]
     top = max(largest, *limits)
-    places[0].set_ylim(min(top / 10**DECADES, min(limits) / 10), 2 * top)
+    places[0].set(yscale="log", ylim=(min(top / 10**DECADES, min(limits) / 10), 2 * top))  # all share it
+    for axes, kind in zip(places, kinds, strict=False):
+        _draw_panel(axes, kind, spectra)
     for axes in places[len(kinds) :]:
         axes.remove()
     for axes in places[max(len(kinds) - columns, 0) : len(kinds)]:  # the lowest of each column
@@ -63,7 +67,7 @@ def make_figure(spectra: Mapping[str, Spectrum]) -> Figure:
     figure.supxlabel("place of the singular value, largest first (% of all)", fontsize="medium")
     figure.supylabel("singular value, mean over layers", fontsize="medium")
     handles, labels = _legend(places[: len(kinds)])
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns + 1), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), ncols), frameon=False)
     return figure
 
 
@@ -84,7 +88,7 @@ def _draw_panel(axes: Any, kind: str, spectra: Mapping[str, Spectrum]) -> None:
         )
     for limit in sorted({found.threshold for found in spectra.values()}):
         axes.axhline(limit, color=THRESHOLD, linewidth=0.8, linestyle=":", label=f"threshold {limit:g}")
-    axes.set(yscale="log", xlim=(0, 100))
+    axes.set_xlim(0, 100)
     axes.set_title(kind, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -116,8 +116,8 @@ class Cycles:
             )
         if self.restart_every is not None and not self.num_restarts(num_training_steps):
             logger.warning(
-                "restart_every is %d, and the run has %d optimizer steps after its warm start: no restart comes, so "
-                "this is LoRA. Lower restart_every",
+                "restart_every is %d, and the run has %d optimizer steps after its warm start: no restart comes before "
+                "its end, so this is LoRA. Lower restart_every",
                 self.restart_every,
                 num_training_steps - self.warm_start_steps,
             )

@@ -43,6 +43,12 @@ def make_trainer(
 ) -> Trainer:
     """The Trainer of a run, with the method's optimizer and a schedule over its optimizer steps."""
     args = make_arguments(config, data, folder)
+    for switch in built.switches:
+        if switch % int(args.logging_steps):
+            raise ConfigError(
+                f"training goes on anew after step {switch} (the end of the warm start), which falls between two logged "
+                f"steps: trainer.logging_steps is {args.logging_steps:g}. Make the one a multiple of the other."
+            )
     try:
         trainer = Trainer(
             model=model,
