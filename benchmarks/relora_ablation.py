@@ -19,13 +19,14 @@ FULL_LR = 1e-3
 """Rate of full-rank training, and so of the warm starts; the grid of ``full`` holds it."""
 LORA = {"rank": RANK, "lora_alpha": RANK}
 RESTARTS = LORA | {"restart_every": CYCLE}
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3)
 WARM = {"warm_start_steps": WARM_START, "warm_start_lr": FULL_LR, "restart_warmup_steps": RISE}
 VARIANTS = [
     Variant("full", "full", (FULL_LR / 2, FULL_LR, FULL_LR * 2)),
     Variant("lora", "lora", RATES, LORA),
     Variant("lora + restarts", "relora", RATES, RESTARTS | {"reset": "none", "restart_warmup_steps": 0}),
     Variant("lora + restarts + reset", "relora", RATES, RESTARTS | {"restart_warmup_steps": 0}),
+    Variant("lora + restarts + jagged", "relora", RATES, RESTARTS | {"reset": "none", "restart_warmup_steps": RISE}),
     Variant("lora + restarts + reset + jagged", "relora", RATES, RESTARTS | {"restart_warmup_steps": RISE}),
     Variant("lora + warm start", "lora", RATES, LORA | WARM),
     Variant("lora + restarts + reset + jagged + warm start", "relora", RATES, RESTARTS | WARM),

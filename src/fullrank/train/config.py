@@ -18,6 +18,8 @@ class ModelConfig:
     """A size of the papers (llama-9m ... llama-7b), or the folder or hub name of any causal LM."""
     pretrained: bool = False
     """Start from the weights of `name` instead of fresh random ones (needs a folder or hub name)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model, such as step1000 of EleutherAI/pythia-1b; null: its main branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and gradients."""
     attn_implementation: str | None = None

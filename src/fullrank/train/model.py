@@ -139,6 +139,11 @@ def _network_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig
 
 def _paper_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig:
     """Configuration of a paper's LLaMA."""
+    if config.revision is not None:
+        raise ConfigError(
+            f"model.revision {config.revision!r} belongs to a hub model, and {config.name} is a size of the papers. "
+            "Leave it out."
+        )
     if config.pretrained:
         raise ConfigError(
             f"model.pretrained needs weights, and {config.name} is a size of the papers, which has none. Set "
@@ -159,8 +164,8 @@ def _named_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig:
     if config.name.startswith("llama-") and not Path(config.name).is_dir():
         raise ConfigError(f"model.name {config.name!r} is not a size of the papers. {hint}")
     try:
-        base = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
-        raw, _ = PreTrainedConfig.get_config_dict(config.name)
+        base = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+        raw, _ = PreTrainedConfig.get_config_dict(config.name, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name {config.name!r} is not a size of the papers, nor a folder with a config.json, nor a "
@@ -225,6 +230,7 @@ def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedMod
     try:
         model, report = causal_lm.from_pretrained(
             config.name,
+            revision=config.revision or "main",
             config=network,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,

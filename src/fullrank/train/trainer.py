@@ -46,8 +46,8 @@ def make_trainer(
     for switch in built.switches:
         if switch % int(args.logging_steps):
             raise ConfigError(
-                f"training goes on anew after step {switch} (the end of the warm start), which falls between two logged "
-                f"steps: trainer.logging_steps is {args.logging_steps:g}. Make the one a multiple of the other."
+                f"the warm start ends after step {switch}, which falls between two logged steps: trainer.logging_steps "
+                f"is {args.logging_steps:g}. Make the one a multiple of the other."
             )
     try:
         trainer = Trainer(
