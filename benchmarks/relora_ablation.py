@@ -1,6 +1,7 @@
-"""The paper's ablation of ReLoRA (arXiv:2307.05695, Table 4) on a small scale, with the spectra of its runs.
+r"""The paper's ablation of ReLoRA (arXiv:2307.05695, Table 6) on a small scale, with the spectra of its runs.
 
-    python benchmarks/relora_ablation.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz
+    python benchmarks/relora_ablation.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz \
+        --figures docs/figures --output benchmarks/results/relora_ablation_HARDWARE_YYYYMM.json
 
 A LLaMA of about 4 M parameters; each variant at a small grid of learning rates (``grid.py``), all over the same
 tokens and the same number of steps, those of the warm start included. Then the singular values of what the best
@@ -10,8 +11,15 @@ run of each variant changed since the warm start (since the beginning, for those
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
-from grid import Variant, add_arguments, run_all, summarise, write_report
+from grid import Variant, add_arguments, best_row, run_all, summarise, write_report
+
+from fullrank.analysis.draw_spectrum import draw
+from fullrank.analysis.spectrum import spectrum, table
+from fullrank.analysis.weights import from_tensors, read_weights
+from fullrank.train.start import start_weights
 
 RANK, CYCLE, RISE, WARM_START = 32, 75, 10, 125
 """Rank of the factors, length of a cycle, of its warm-up, and of the warm start (optimizer steps)."""
@@ -35,15 +43,62 @@ VARIANTS = [
 ]
 
 
+AFTER_WARM_START = {
+    "full": "full",
+    "ReLoRA": "lora + restarts + reset + jagged + warm start",
+    "LoRA": "lora + warm start",
+}
+"""Whose change since the warm start is compared, as in the paper: all three went through the same one."""
+FROM_SCRATCH = {
+    "full": "full",
+    "Fira": "fira",
+    "GaLore": "galore",
+    "ReLoRA": "lora + restarts + reset + jagged",
+    "LoRA": "lora",
+}
+"""Whose whole change is compared."""
+
+
+def measure_spectra(rows: dict[str, list[dict[str, Any]]], figures: Path) -> dict[str, Any]:
+    """Singular values of what the best run of each variant changed, and a figure for each comparison."""
+    folders = {name: Path(best_row(found)["folder"]) for name, found in rows.items()}
+    full = {row["lr"]: Path(row["folder"]) for row in rows["full"] if row["seed"] == rows["full"][0]["seed"]}
+    started = folders[AFTER_WARM_START["ReLoRA"]] / "warm_start"
+    measured = {}
+    for title, chosen in (("after_warm_start", AFTER_WARM_START), ("from_scratch", FROM_SCRATCH)):
+        found = {}
+        for label, variant in chosen.items():
+            folder = folders[variant]
+            if title == "after_warm_start":
+                base = read_weights(started)
+                folder = full[FULL_LR] if variant == "full" else folder  # the warm start's rate: the same first steps
+            else:
+                base = from_tensors(start_weights(folder), source="its initial weights")
+            found[label] = spectrum(read_weights(folder), base)
+        draw(found, figures / f"relora_spectra_{title}.png")
+        print(table(found))
+        measured[title] = {label: without_curves(one.to_dict()) for label, one in found.items()}
+    return measured
+
+
+def without_curves(found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of each type of matrix; the curves are in the figure."""
+    keys = ("num_values", "num_below", "effective_rank", "numerical_rank", "largest")
+    types = {name: {key: numbers[key] for key in keys} for name, numbers in found["types"].items()}
+    return {"threshold": found["threshold"], "types": types}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=500, work="runs/relora_ablation")
-    parser.add_argument("--variants", nargs="+", default=[variant.name for variant in VARIANTS])
+    parser.add_argument("--figures", type=Path, required=True, help="folder of the spectra's figures")
     args = parser.parse_args()
-    chosen = [variant for variant in VARIANTS if variant.name in args.variants]
-    rows = run_all(chosen, args)
-    write_report("relora_ablation", [summarise(variant, rows[variant.name]) for variant in chosen], rows, args)
+    rows = run_all(VARIANTS, args)
+    results = [summarise(variant, rows[variant.name]) for variant in VARIANTS]
+    spectra = measure_spectra(rows, args.figures)
+    lengths = {"rank": RANK, "restart_every": CYCLE, "restart_warmup_steps": RISE, "warm_start_steps": WARM_START}
+    write_report("relora_ablation", results, rows, args, **lengths, spectra=spectra)
 
 
 if __name__ == "__main__":
