@@ -11,14 +11,16 @@ run of each variant changed since the warm start (since the beginning, for those
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
 from grid import Variant, add_arguments, best_row, run_all, summarise, write_report
 
-from fullrank.analysis.draw_spectrum import draw
+from fullrank.analysis.draw_spectrum import COLOURS, STYLES, draw
 from fullrank.analysis.spectrum import spectrum, table
 from fullrank.analysis.weights import from_tensors, read_weights
+from fullrank.train.report import read_metrics
 from fullrank.train.start import start_weights
 
 RANK, CYCLE, RISE, WARM_START = 32, 75, 10, 125
@@ -43,6 +45,8 @@ VARIANTS = [
 ]
 
 
+SMOOTHED = 3
+"""Logged losses that one point of a curve is the mean of; one is logged every 10 steps."""
 AFTER_WARM_START = {
     "full": "full",
     "ReLoRA": "lora + restarts + reset + jagged + warm start",
@@ -88,14 +92,41 @@ def without_curves(found: dict[str, Any]) -> dict[str, Any]:
     return {"threshold": found["threshold"], "types": types}
 
 
+def draw_losses(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training loss over the optimizer steps, the best run of each variant of the ablation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    shown = [variant for variant in VARIANTS if variant.method in ("full", "lora", "relora")]
+    for number, variant in enumerate(shown):
+        logged = [row for row in read_metrics(Path(best_row(rows[variant.name])["folder"])) if "loss" in row]
+        windows = [logged[i : i + SMOOTHED] for i in range(0, len(logged) - SMOOTHED + 1)]
+        axes.plot(
+            [window[-1]["step"] for window in windows],
+            [statistics.fmean(row["loss"] for row in window) for window in windows],
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=STYLES[number % len(STYLES)],
+            label=variant.name,
+        )
+    axes.set(xlabel="optimizer step", ylabel=f"training loss, mean of {SMOOTHED * 10} steps")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=500, work="runs/relora_ablation")
-    parser.add_argument("--figures", type=Path, required=True, help="folder of the spectra's figures")
+    parser.add_argument("--figures", type=Path, required=True, help="folder of the figures")
     args = parser.parse_args()
     rows = run_all(VARIANTS, args)
     results = [summarise(variant, rows[variant.name]) for variant in VARIANTS]
+    args.figures.mkdir(parents=True, exist_ok=True)
+    draw_losses(rows, args.figures / "relora_ablation.png")
     spectra = measure_spectra(rows, args.figures)
     lengths = {"rank": RANK, "restart_every": CYCLE, "restart_warmup_steps": RISE, "warm_start_steps": WARM_START}
     write_report("relora_ablation", results, rows, args, **lengths, spectra=spectra)

@@ -176,7 +176,8 @@ class Bare(nn.Module):
         scale = self.scale.tanh() if isinstance(self.scale, Tensor) else self.scale
         return self.weight + scale * self.b @ self.a
 
-    def loss(self) -> Tensor:
+    def forward(self) -> Tensor:
+        """The loss."""
         return ((self.effective() - self.target) @ self.inputs.T).square().mean()
 
     def gradient_at(self, effective: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def train_bare(
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model.loss()
+        loss = model()
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
