@@ -19,9 +19,9 @@ from grid import Variant, add_arguments, best_row, run_all, summarise, write_rep
 
 from fullrank.analysis.draw_spectrum import COLOURS, STYLES, draw
 from fullrank.analysis.spectrum import spectrum, table
-from fullrank.analysis.weights import from_tensors, read_weights
 from fullrank.train.report import read_metrics
 from fullrank.train.start import start_weights
+from fullrank.weights import from_tensors, read_weights
 
 RANK, CYCLE, RISE, WARM_START = 32, 75, 10, 125
 """Rank of the factors, length of a cycle, of its warm-up, and of the warm start (optimizer steps)."""
@@ -34,9 +34,9 @@ WARM = {"warm_start_steps": WARM_START, "warm_start_lr": FULL_LR, "restart_warmu
 VARIANTS = [
     Variant("full", "full", (FULL_LR / 2, FULL_LR, FULL_LR * 2)),
     Variant("lora", "lora", RATES, LORA),
-    Variant("lora + restarts", "relora", RATES, RESTARTS | {"reset": "none", "restart_warmup_steps": 0}),
+    Variant("lora + restarts", "relora", RATES, RESTARTS | {"reset": "keep", "restart_warmup_steps": 0}),
     Variant("lora + restarts + reset", "relora", RATES, RESTARTS | {"restart_warmup_steps": 0}),
-    Variant("lora + restarts + jagged", "relora", RATES, RESTARTS | {"reset": "none", "restart_warmup_steps": RISE}),
+    Variant("lora + restarts + jagged", "relora", RATES, RESTARTS | {"reset": "keep", "restart_warmup_steps": RISE}),
     Variant("lora + restarts + reset + jagged", "relora", RATES, RESTARTS | {"restart_warmup_steps": RISE}),
     Variant("lora + warm start", "lora", RATES, LORA | WARM),
     Variant("lora + restarts + reset + jagged + warm start", "relora", RATES, RESTARTS | WARM),

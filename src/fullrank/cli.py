@@ -17,8 +17,8 @@ from fullrank import __version__
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
-    from fullrank.analysis.weights import Weights
     from fullrank.train.config import RunConfig
+    from fullrank.weights import Weights
 
 USAGE = """\
 usage: fullrank COMMAND [OPTIONS]
@@ -198,9 +198,9 @@ def analyze(arguments: list[str]) -> int:
         return 0
     from fullrank.analysis.draw_spectrum import draw
     from fullrank.analysis.spectrum import spectrum, table
-    from fullrank.analysis.weights import label_folders, read_weights, run_folder
     from fullrank.train.folders import refuse_unusable
     from fullrank.train.report import versions, write_whole
+    from fullrank.weights import label_folders, read_weights, run_folder
 
     folder = Path(flags.output_dir)
     refuse_unusable(folder, remedy="Choose another by --output_dir.")
@@ -229,8 +229,8 @@ def analyze(arguments: list[str]) -> int:
 
 def start_of(folder: Path) -> Weights:
     """The weights that the run of this folder started from."""
-    from fullrank.analysis.weights import from_tensors, read_weights, run_folder
     from fullrank.train.start import start_weights
+    from fullrank.weights import from_tensors, read_weights, run_folder
 
     run = run_folder(folder)
     assert run is not None  # looked at before

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fullrank.analysis.draw_spectrum import draw, make_figure
 from fullrank.analysis.spectrum import Spectrum, matrix_types, measure, spectrum, table
-from fullrank.analysis.weights import Weights, from_tensors
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.weights import Weights, from_tensors
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 SHAPES = {**dict.fromkeys(ATTENTION, (24, 24)), "up_proj": (40, 24), "down_proj": (24, 40)}

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fullrank.analysis.spectrum import spectrum
-from fullrank.analysis.weights import from_tensors, read_weights
 from fullrank.cli import main
 from fullrank.errors import CheckpointError, ConfigError
 from fullrank.train.resolve import resolve
 from fullrank.train.run import pretrain
 from fullrank.train.start import start_weights
+from fullrank.weights import from_tensors, read_weights
 from tests.train.tiny import recipe, weights, write_text
 
 STEPS = 8

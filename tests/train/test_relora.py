@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,18 @@ def test_relora_on_a_trained_model_saves_no_adapter(base: Path, text: Path, tmp_
     go(text, folder, "relora", method=RESTARTS, model={"name": str(base), "pretrained": True, "overrides": {}})
     assert not (folder / "adapter").exists()
     assert json.loads((folder / "result.json").read_text())["perplexity"] > 1.0
+
+
+@pytest.mark.parametrize("scaling", [True, False], ids=["scaling", ""])
+def test_a_run_starts_from_a_checkpoint_with_factors(scaling: bool, base: Path, text: Path, tmp_path: Path) -> None:
+    """Its first score is the score of that checkpoint: the factors are added to their weights."""
+    before = tmp_path / "before"
+    start = {"name": str(base), "pretrained": True, "overrides": {}}
+    go(text, before, "relora", method=RESTARTS | {"trainable_scaling": scaling}, model=start)
+    start["name"] = str(before / "checkpoint-10")
+    result = go(text, tmp_path / "run", "full", model=start, data={"tokenizer": str(before / "model")})
+    scored = next(row["eval_loss"] for row in read_metrics(before) if row["step"] == 10 and "eval_loss" in row)
+    assert math.log(result["perplexity_before"]) == pytest.approx(scored, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["relora", "lora"])

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fullrank.analysis.weights import Weights, shortest_ends
 from fullrank.errors import ConfigError
+from fullrank.weights import Weights, shortest_ends
 
 logger = logging.getLogger(__name__)
 

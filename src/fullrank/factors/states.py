@@ -20,7 +20,7 @@ MOMENTS = (*FIRST, "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "state2")
 """Names of all moments."""
 CODES = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes' 8-bit moments: name of the codes -> of their table of values, and of the scales of their blocks."""
-RESETS = ("zero", "magnitude", "random", "none")
+RESETS = ("zero", "magnitude", "random", "keep")
 
 
 class Reset(NamedTuple):
@@ -55,7 +55,7 @@ def reset_states(
         parameters: What to reset; one without a state yet is passed over.
         how: ``zero``: every tensor of the state, and the step counter, so that bias correction starts
             again. ``magnitude``: keep the entries with the largest first moment; ``random``: any.
-            These two drop the same entries of all moments, and keep the step counter. ``none``: count only.
+            These two drop the same entries of all moments, and keep the step counter. ``keep``: count only.
         ratio: Share of the entries that magnitude and random drop.
         generator: Of the random choice, on the CPU.
 
@@ -67,7 +67,7 @@ def reset_states(
         if state := optimizer.state.get(parameter):
             if how == "zero":
                 _zero_(state)
-            elif how != "none":
+            elif how != "keep":
                 _prune_(state, parameter, how, ratio, generator)
             total += _count(state, parameter)
     return total

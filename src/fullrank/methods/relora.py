@@ -82,7 +82,7 @@ class ReLoRA:
         restart_every: Length of a cycle (optimizer steps); None: never, which is LoRA.
         restart_warmup_steps: Steps in which the learning rate rises after a restart.
         reset: ``zero``: moments and step counter of the factors; ``magnitude``: all but the largest entries;
-            ``random``: all but a few at random (both drop the same entries of both moments); ``none``: nothing.
+            ``random``: all but a few at random (both drop the same entries of both moments); ``keep``: nothing.
         reset_ratio: Share of entries that magnitude and random drop (the paper: 0.8 to 0.9).
         adjust_step: Steps by which cycles and schedule are ahead, for a start from a checkpoint within a cycle.
         warm_start_steps: Optimizer steps of full-rank training first, in which the weights train and not their factors.
@@ -205,7 +205,7 @@ class ReLoRA:
     def _report(self, restart: Restart) -> None:
         """Log a restart; warn of one that did not do what it is for."""
         logger.info("%s", restart)
-        if not restart.reset.num_zero and self.reset != "none":
+        if not restart.reset.num_zero and self.reset != "keep":
             warnings.warn(
                 f"the restart after step {restart.step} found no optimizer state of the factors to reset. Is the "
                 f"{type(self.optimizer).__name__} given to ReLoRA the optimizer that steps, and does it have moments?",
@@ -253,7 +253,7 @@ class ReloraConfig(FactorConfig):
 
     restart_every: int = 1000
     """Length of a cycle (optimizer steps), counted from the end of the warm start."""
-    reset: Literal["zero", "magnitude", "random", "none"] = "zero"
+    reset: Literal["zero", "magnitude", "random", "keep"] = "zero"
     """The factors' moments: zeroed with their step counter; all but the largest or a random few dropped; or kept."""
     reset_ratio: float = 0.9
     """Share of the moments' entries that magnitude and random drop."""

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import ModelConfig
+from fullrank.weights import holds_factors, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +228,8 @@ def _fresh(network: PreTrainedConfig, config: ModelConfig, *, seed: int) -> PreT
 def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
     """Load every weight of the model from its safetensors files, or refuse."""
     causal_lm: Any = AutoModelForCausalLM  # its methods carry no types
+    if holds_factors(config.name):
+        return _folded(network, config)
     try:
         model, report = causal_lm.from_pretrained(
             config.name,
@@ -258,6 +261,26 @@ def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedMod
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _folded(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
+    """The model of a run's checkpoint with LoRA's factors, each added to its weight."""
+    weights = read_weights(config.name)
+    model = _fresh(network, config, seed=0)
+    try:
+        report = model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the weights of {config.name} do not have the shapes that model.overrides {config.overrides} ask for. "
+            "Remove those overrides."
+        ) from error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if missing := sorted(set(report.missing_keys) - tied):
+        raise ConfigError(
+            f"the files of {config.name} lack {len(missing)} weights of the model, first {missing[0]}. Remove the "
+            "override that asks for them."
+        )
+    return model
 
 
 def _unbuildable(config: ModelConfig, error: Exception) -> ConfigError:

@@ -62,6 +62,12 @@ def read_weights(folder: str | Path) -> Weights:
     return Weights(str(place), stored.shapes, lambda name: _float64(stored.read(name), name, str(place)))
 
 
+def holds_factors(folder: str | Path) -> bool:
+    """Whether a folder is a checkpoint with LoRA's factors in it, which ``read_weights`` adds to their weights."""
+    path = Path(folder)
+    return (path / "model.safetensors").is_file() and any(name.endswith(FACTOR_A) for name in _Stored(path).shapes)
+
+
 def weights_folder(folder: str | Path) -> Path:
     """The folder that holds the weights: the given one, or of a run ``model/``, else its newest checkpoint.
 

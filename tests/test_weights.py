@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fullrank.analysis.spectrum import spectrum
-from fullrank.analysis.weights import Weights, from_tensors, label_folders, read_weights, run_folder, shortest_ends
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
 from fullrank.factors import find_pairs, train_scaling
+from fullrank.weights import Weights, from_tensors, label_folders, read_weights, run_folder, shortest_ends
 
 LLAMA = {
     "vocab_size": 50,
