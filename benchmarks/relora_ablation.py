@@ -29,7 +29,7 @@ FULL_LR = 1e-3
 """Rate of full-rank training, and so of the warm starts; the grid of ``full`` holds it."""
 LORA = {"rank": RANK, "lora_alpha": RANK}
 RESTARTS = LORA | {"restart_every": CYCLE}
-RATES = (4e-3, 8e-3)
+RATES = (1e-3, 2e-3)
 WARM = {"warm_start_steps": WARM_START, "warm_start_lr": FULL_LR, "restart_warmup_steps": RISE}
 VARIANTS = [
     Variant("full", "full", (FULL_LR / 2, FULL_LR, FULL_LR * 2)),

@@ -162,7 +162,7 @@ def test_small_updates_add_up_only_if_rounded_at_random(rounding: str, dtype: to
     a, b = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 30), (24, 2)))
     pair = LowRankPair(weight=weight, a=a, b=b)
     optimizer = torch.optim.AdamW([a, b])
-    relora = ReLoRA([pair], optimizer, restart_every=1, restart_warmup_steps=0, reset="none", merge_rounding=rounding)
+    relora = ReLoRA([pair], optimizer, restart_every=1, restart_warmup_steps=0, reset="keep", merge_rounding=rounding)
     lost = []
     for number in range(1, 101):
         with torch.no_grad():

@@ -312,7 +312,7 @@ def test_none_counts_and_changes_nothing() -> None:
     optimizer, (first, second) = trained("plain")
     optimizer.state[first]["exp_avg"][:6] = 0.0
     before = state_of(optimizer, first)
-    found = reset_states(optimizer, [first, second], how="none")
+    found = reset_states(optimizer, [first, second], how="keep")
     assert found == Reset(60, 960)
     assert found.percent == pytest.approx(6.25)
     assert same(optimizer.state[first], before)
