@@ -110,7 +110,7 @@ def run(variant: Variant, lr: float, seed: int, args: argparse.Namespace) -> dic
 def search(variant: Variant, rows: list[dict[str, Any]]) -> float | None:
     """A rate to try next if the best one lies at an end of what was tried, else None (tried at most twice over).
 
-    A variant with a single rate is not searched.
+    A variant with a single rate is neither searched nor repeated with another seed.
     """
     tried = sorted(row["lr"] for row in rows)
     best = min(rows, key=lambda row: row["perplexity"])["lr"]
@@ -163,7 +163,7 @@ def run_all(chosen: Sequence[Variant], args: argparse.Namespace) -> dict[str, li
                 rows[row["variant"]].append(row)
             todo = [(v, lr, args.seeds[0]) for v in chosen if (lr := search(v, rows[v.name])) is not None]
         best = {v.name: best_row(rows[v.name])["lr"] for v in chosen}
-        again = [(v, best[v.name], seed) for seed in args.seeds[1:] for v in chosen]
+        again = [(v, best[v.name], seed) for seed in args.seeds[1:] for v in chosen if len(v.rates) > 1]
         for row in pool.map(run, *zip(*again, strict=True), [args] * len(again)) if again else []:
             rows[row["variant"]].append(row)
     return rows
