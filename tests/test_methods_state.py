@@ -42,19 +42,22 @@ def test_resume_is_bit_exact(case: OptimizerCase, state_dtype: str | None, dtype
 @dtypes
 @pytest.mark.parametrize("name", METHODS)
 def test_a_built_method_resumes_bit_exact(name: str, dtype: torch.dtype) -> None:
-    """The same through ``Method.build``, as the application makes an optimizer."""
-    config, build = CASES[name].config(), METHODS[name].build
-    model, other = TinyModel(dtype), TinyModel(dtype)
-    optimizer = build(model, config).optimizer
-    train_by_backward(model, optimizer, range(4))
+    """The same through ``Method.build``, as the application makes an optimizer and tells it of its steps."""
+    case, build = CASES[name], METHODS[name].build
+    config, model, other = case.config(), case.model(dtype), case.model(dtype)
+    built = build(model, config)
+    train_by_backward(model, built, range(4))
     other.load_state_dict(model.state_dict())
-    resumed = build(other, config).optimizer
-    resumed.load_state_dict(saved_and_read(optimizer))
-    assert_same_state(resumed, optimizer)
-    train_by_backward(model, optimizer, range(4, 8))
+    resumed = build(other, config)
+    resumed.optimizer.load_state_dict(saved_and_read(built.optimizer))
+    if resumed.at_step is not None:
+        resumed.at_step(4)
+    assert_same_state(resumed.optimizer, built.optimizer)
+    train_by_backward(model, built, range(4, 8))
     train_by_backward(other, resumed, range(4, 8))
     assert_same(other, model)
-    assert not torch.equal(model.attn_tall, TinyModel(dtype).attn_tall)
+    assert_same_state(resumed.optimizer, built.optimizer)
+    assert not torch.equal(model.get_parameter(case.moving), case.model(dtype).get_parameter(case.moving))
 
 
 @every
@@ -176,20 +179,21 @@ def test_state_is_the_spec_after_one_step(case: OptimizerCase, state_dtype: str 
 @pytest.mark.parametrize("name", METHODS)
 def test_planned_bytes_are_the_held_ones(name: str, dtype: torch.dtype) -> None:
     """The prediction, on the meta device too, is what a trained optimizer holds."""
-    config = CASES[name].config()
-    METHODS[name].build(TinyModel(dtype, device="meta"), config)
-    model, on_meta = TinyModel(dtype), TinyModel(dtype, device="meta")
-    planned = METHODS[name].state_bytes(on_meta, config)
-    for frozen in ("norm", "attn_wide"):
+    case, method = CASES[name], METHODS[name]
+    config = case.config()
+    method.build(case.model(dtype, device="meta"), config)
+    model, on_meta = case.model(dtype), case.model(dtype, device="meta")
+    planned = method.state_bytes(on_meta, config)
+    for frozen in case.freezable:
         model.get_parameter(frozen).requires_grad_(False)
         on_meta.get_parameter(frozen).requires_grad_(False)
-    if not CASES[name].decides_what_trains:
-        assert planned > METHODS[name].state_bytes(on_meta, config), "frozen parameters have no state"
-    planned = METHODS[name].state_bytes(on_meta, config)
-    assert planned == METHODS[name].state_bytes(model, config)
-    optimizer = METHODS[name].build(model, config).optimizer
-    train_by_backward(model, optimizer, range(4))
-    assert held_state_bytes(optimizer) == planned
+    if not case.decides_what_trains:
+        assert planned > method.state_bytes(on_meta, config), "frozen parameters have no state"
+    planned = method.state_bytes(on_meta, config)
+    assert planned == method.state_bytes(model, config)
+    built = method.build(model, config)
+    train_by_backward(model, built, range(4))
+    assert held_state_bytes(built.optimizer) == planned
 
 
 def test_the_yardstick_is_full_rank_adamw() -> None:

@@ -28,7 +28,7 @@ def relora_of(model: Bare, **options: Any) -> ReLoRA:
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        ({"reset": "half"}, ["reset must be one of zero, magnitude, random, none, got 'half'."]),
+        ({"reset": "half"}, ["reset must be one of zero, magnitude, random, keep, got 'half'."]),
         ({"merge_rounding": "up"}, ["merge_rounding must be one of stochastic, nearest, got 'up'."]),
         ({"reset_ratio": 0.0}, ["reset_ratio must be above 0 and at most 1, got 0.0. 0.9 drops 90%."]),
         ({"reset_ratio": 1.01}, ["reset_ratio must be above 0 and at most 1, got 1.01."]),
@@ -100,7 +100,7 @@ def test_an_optimizer_without_the_trained_scale() -> None:
 
 @pytest.mark.parametrize("reset", ["zero", "magnitude", "random"])
 def test_no_state_to_reset_is_worth_a_warning(reset: str) -> None:
-    """SGD without momentum has none; with reset none nobody asked for one."""
+    """SGD without momentum has none; with reset keep nobody asked for one."""
     model = Bare()
     optimizer = torch.optim.SGD([model.a, model.b], lr=1e-2)
     pairs = [model.pair()]
@@ -111,7 +111,7 @@ def test_no_state_to_reset_is_worth_a_warning(reset: str) -> None:
         ReLoRA(pairs, optimizer, restart_every=3, restart_warmup_steps=1, reset=reset).after_step(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ReLoRA(pairs, optimizer, restart_every=3, restart_warmup_steps=1, reset="none").after_step(3)
+        ReLoRA(pairs, optimizer, restart_every=3, restart_warmup_steps=1, reset="keep").after_step(3)
 
 
 def test_the_wrong_optimizer_is_worth_a_warning() -> None:
@@ -140,7 +140,7 @@ def test_a_merge_that_mostly_rounds_away_is_worth_a_warning(share: float, warns:
         model.weight.fill_(0.03)
         model.a.fill_(1.0)
         model.b.fill_(share * 2.0**-14 / (1.5 * 2))
-    relora = relora_of(model, merge_rounding="nearest", reset="none")
+    relora = relora_of(model, merge_rounding="nearest", reset="keep")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         restart = relora.restart()
@@ -198,6 +198,7 @@ def test_a_merged_adapter() -> None:
     assert len(find_pairs(model)) == 2
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 @pytest.mark.parametrize(
     "make",
     [

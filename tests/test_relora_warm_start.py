@@ -61,7 +61,7 @@ def test_the_warm_start_is_full_training(kind: str, scaling: bool) -> None:
     model, optimizer, relora, scheduler = pieces(kind, scaling=scaling, warm_start_lr_ratio=0.5)
     plain = plain_model(kind)
     dense = torch.optim.AdamW(plain.parameters(), lr=LR)
-    schedule = torch.optim.lr_scheduler.LambdaLR(dense, lambda step: scheduler.lr_lambdas[0](step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(dense, scheduler.lr_lambdas[0])
     factors = {p: p.detach().clone() for pair in relora.pairs for p in pair.parameters()}
     assert train(model, optimizer, range(WARM - 1), relora, scheduler) == train(
         plain, dense, range(WARM - 1), None, schedule
@@ -123,8 +123,10 @@ def test_factors_do_not_sleep_without_a_warm_start() -> None:
     model = peft_model("linear")
     model.base_model.model.norm.weight.requires_grad_(True)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    relora = ReLoRA(model, torch.optim.AdamW(trainable(model)), restart_every=3, restart_warmup_steps=1)
-    relora.after_step(3)
+    optimizer = torch.optim.AdamW(trainable(model))
+    relora = ReLoRA(model, optimizer, restart_every=3, restart_warmup_steps=1)
+    train(model, optimizer, range(3), relora)
+    assert relora.last_restart is not None
     relora.load_state_dict({"num_steps": 2})
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullrank import FiraAdamW, FiraRMSprop, GaLoreAdamW, UnsupportedError
+from fullrank import ConfigError, FiraAdamW, FiraRMSprop, GaLoreAdamW, UnsupportedError
 from fullrank.factors import Reset, reset_states
 from tests.problems import make_gradients, make_weight
 
@@ -308,7 +308,7 @@ def test_masks_of_their_own_would_not_bound_it() -> None:
 # What is counted, passed over and refused.
 
 
-def test_none_counts_and_changes_nothing() -> None:
+def test_keep_counts_and_changes_nothing() -> None:
     optimizer, (first, second) = trained("plain")
     optimizer.state[first]["exp_avg"][:6] = 0.0
     before = state_of(optimizer, first)
@@ -327,6 +327,13 @@ def test_parameters_without_a_state_are_passed_over() -> None:
     assert waiting not in optimizer.state
     assert reset_states(optimizer, [waiting, weight]) == Reset(32, 32)
     assert reset_states(torch.optim.SGD([weight], lr=0.1), [weight], how="magnitude").percent == 0.0
+
+
+@pytest.mark.xfail(strict=True, reason="a word that is no reset prunes at random")
+def test_an_unknown_reset() -> None:
+    optimizer, (weight, _) = trained("plain")
+    with pytest.raises(ConfigError):
+        reset_states(optimizer, [weight], how="none")
 
 
 @pytest.mark.parametrize("how", ["magnitude", "random"])

@@ -3,10 +3,12 @@
 A new method adds its file here and its line to ``CASES``.
 """
 
-from tests.cases import apollo, fira, full, galore, sift
+from tests.cases import apollo, fira, full, galore, lora, relora, sift
 from tests.cases.base import MethodCase, OptimizerCase
 
-CASES: dict[str, MethodCase] = {case.name: case for case in (full.CASE, galore.CASE, fira.CASE, apollo.CASE, sift.CASE)}
+CASES: dict[str, MethodCase] = {
+    module.CASE.name: module.CASE for module in (full, galore, fira, apollo, sift, relora, lora)
+}
 ALL: list[OptimizerCase] = [optimizer for case in CASES.values() for optimizer in case.optimizers]
 OURS: list[OptimizerCase] = [optimizer for optimizer in ALL if optimizer.projected]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fullrank import divide_params
-from tests.cases.tiny import TARGETS
+from tests.cases.tiny import TARGETS, TinyModel
 from tests.problems import RANK
 
 GAP = 3
@@ -48,7 +48,7 @@ class OptimizerCase:
 
 @dataclass(frozen=True)
 class MethodCase:
-    """One line of ``METHODS``."""
+    """One line of ``METHODS``, and the model that it trains in the tests."""
 
     name: str
     config: Callable[[], Any]
@@ -56,3 +56,9 @@ class MethodCase:
     optimizers: tuple[OptimizerCase, ...]
     decides_what_trains: bool = False
     """Whether it freezes and thaws parameters itself, whatever they were."""
+    model: Callable[..., nn.Module] = TinyModel
+    """Makes the tiny model that the method is built on: ``model(dtype, device="cpu")``, the same at every call."""
+    moving: str = "attn_tall"
+    """A parameter of it that a few steps change."""
+    freezable: tuple[str, ...] = ("norm", "attn_wide")
+    """Parameters of it to freeze before the method is built."""

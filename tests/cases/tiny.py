@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fullrank import Built
 from tests.problems import SHAPES, make_gradients, make_weight
 
 TARGETS = ["attn", "mlp"]
@@ -61,14 +62,16 @@ def train(
             scheduler.step()
 
 
-def train_by_backward(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """The same through autograd, for methods that act on a gradient as it arrives."""
+def train_by_backward(model: nn.Module, built: Built, steps: range) -> None:
+    """A method at work, through autograd: some act on a gradient as it arrives, some after a step."""
     for step in steps:
         model.zero_grad()
         gradients = gradients_at(model, step)
         losses = [(p * gradients[name]).sum() for name, p in plain_parameters(model) if p.requires_grad]
         torch.stack(losses).sum().backward()
-        optimizer.step()
+        built.optimizer.step()
+        if built.after_step is not None:
+            built.after_step(step + 1)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ those that a restart merged into and the embeddings among them, and resumes like
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,35 +64,27 @@ class Adapters:
         return list(find_pairs(self.peft, adapter=ADAPTER))
 
     def save(self, folder: Path) -> int:
-        """Write a PEFT adapter: factors, and whole the modules that trained beside them; returns its bytes.
+        """Write a PEFT adapter, with what trained beside the factors; returns its bytes.
 
-        ``PeftModel.from_pretrained(base, folder)`` loads it. A trained scale is folded into B.
+        ``PeftModel.from_pretrained(base, folder)`` loads it: the factors beside their weights, and the rest, by its
+        names in the model, over the base's. A trained scale is folded into B.
         """
-        pairs = self.pairs()
         config: Any = self.peft.peft_config[ADAPTER]
         tensors: dict[str, torch.Tensor] = {}
+        pairs = self.pairs()
         for pair in pairs:
             scale = pair.scale.detach().tanh() if isinstance(pair.scale, torch.Tensor) else pair.scale
             b = pair.b.detach() * (scale / (config.lora_alpha / config.r))
             tensors |= {f"{pair.name}.lora_A.weight": pair.a.detach(), f"{pair.name}.lora_B.weight": b}
-        beside = self._modules_beside({p for pair in pairs for p in (pair.weight, *pair.parameters())})
-        tensors |= {f"base_model.model.{name}": value for name, value in beside.items()}
+        taken = {parameter for pair in pairs for parameter in (pair.weight, *pair.parameters())}
+        for name, parameter in self.peft.named_parameters():
+            if parameter.requires_grad and parameter not in taken:
+                tensors[name] = parameter.detach()
         folder.mkdir(parents=True, exist_ok=True)
-        saved = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        saved = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        modules = sorted({name.split(".")[-2] for name in beside})
-        config.modules_to_save = modules or None
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
+        replace(config, inference_mode=True).save_pretrained(str(folder))
         return sum(path.stat().st_size for path in folder.iterdir())
-
-    def _modules_beside(self, taken: set[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parameters, by their names in the model, of every module that trains beside the factors."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self.peft.get_base_model().named_parameters()
-            if parameter.requires_grad and parameter not in taken
-        }
 
     def save_plain(self, folder: Path) -> None:
         """Write the model without its factors, as ``from_pretrained`` loads it."""
