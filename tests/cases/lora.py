@@ -10,6 +10,7 @@ from torch import nn
 
 from fullrank import METHODS
 from fullrank.methods.lora import LoraConfig
+from tests.cases.base import MethodCase
 from tests.cases.tiny import TARGETS
 from tests.problems import RANK
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fullrank import CheckpointError, ConfigError
 from fullrank.factors import jagged_cosine
+from fullrank.train.adapters import Adapters
 from fullrank.train.report import read_metrics
 from fullrank.train.resolve import resolve
 from fullrank.train.run import pretrain
@@ -274,3 +276,24 @@ def test_another_cycle_length_is_another_run(text: Path, tmp_path: Path) -> None
     folder = cut(tmp_path / "run", tmp_path / "cut", 7)
     with pytest.raises(CheckpointError, match=r"method\.restart_every was 6, is now 7"):
         go(text, folder, "relora", method=RESTARTS | {"restart_every": 7}, resume=True)
+
+
+def test_ctrl_c_at_the_end_of_a_warm_start_stops_there(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run saves and stops, as anywhere else, and goes on from there as if it had not."""
+    go(text, tmp_path / "whole", "relora", method=RESTARTS | WARM)
+    save_plain = Adapters.save_plain
+
+    def interrupted(self: Adapters, folder: Path) -> None:
+        save_plain(self, folder)
+        signal.raise_signal(signal.SIGINT)
+
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapters, "save_plain", interrupted)
+        with pytest.raises(AssertionError):  # no result
+            go(text, folder, "relora", method=RESTARTS | WARM)
+    assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1] == "checkpoint-5"
+    go(text, folder, "relora", method=RESTARTS | WARM, resume=True)
+    assert_same_run(tmp_path / "whole", folder)

@@ -183,16 +183,17 @@ def train(config: RunConfig, make: Callable[[], Trainer], built: Built, folder: 
         if not claimed:
             claim(folder, config, trainer)
             claimed = True
-        train_on(trainer, built.optimizer, folder, start)
-        latest = folder / f"checkpoint-{trainer.state.global_step}"
-        ended = trainer.state.global_step >= trainer.args.max_steps
-        if ended or not built.switches or checkpoint.num_steps_taken(latest) not in built.switches:
+        interrupted = train_on(trainer, built.optimizer, folder, start)
+        if interrupted or not built.switches or trainer.state.global_step >= trainer.args.max_steps:
             return trainer
-        start = latest
+        trainer.accelerator.wait_for_everyone()  # until the first process has written the checkpoint
+        start = folder / f"checkpoint-{trainer.state.global_step}"
+        if not start.is_dir() or checkpoint.num_steps_taken(start) not in built.switches:
+            return trainer  # the data ended before the run
 
 
-def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, start: Path | None) -> None:
-    """Train to the end, a switch or the first Ctrl-C, which stops cleanly."""
+def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, start: Path | None) -> bool:
+    """Train to the end, a switch or the first Ctrl-C, which stops cleanly; returns whether there was one."""
     if start is not None and checkpoint.step_of(start) >= trainer.args.max_steps:
         # Killed after its last checkpoint: resumed there, the Trainer would take one step more.
         trainer._load_from_checkpoint(str(start))
@@ -203,7 +204,7 @@ def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, s
         trainer.state.log_history = [row for row in trainer.state.log_history if not report.is_score(row, step)]
         if trainer.is_world_process_zero():
             report.keep_metrics(folder, lambda row: row["step"] <= step and not report.is_score(row, step))
-        return
+        return False
     # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
     trainer.args.eval_on_start = start is None
     stop = CleanStop()
@@ -212,6 +213,7 @@ def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, s
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         stop.release()
+    return stop.requested
 
 
 def finish(
