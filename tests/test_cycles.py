@@ -242,4 +242,4 @@ def test_a_run_without_a_restart_is_worth_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         Cycles(**options).schedule(falling, 0, 40)
-    assert ("no restart comes, so this is LoRA. Lower restart_every" in caplog.text) == warns
+    assert ("no restart comes before its end, so this is LoRA. Lower restart_every" in caplog.text) == warns

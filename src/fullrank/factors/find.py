@@ -32,12 +32,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def find_pairs(model: nn.Module, *, adapter: str | None = None) -> list[LayerPair]:
+def find_pairs(model: nn.Module, *, adapter: str | None = None, training: bool = False) -> list[LayerPair]:
     """Every weight of a PEFT LoRA model with its factors.
 
     Args:
         model: A PeftModel, or a model with PEFT's layers in it; wrapped by DDP or not.
         adapter: Name of the adapter; None if there is one only.
+        training: Refuse an adapter that is not active.
 
     Raises:
         ConfigError: If there is none, or several and none was named; if a weight is merged or shared.
@@ -58,6 +59,11 @@ def find_pairs(model: nn.Module, *, adapter: str | None = None) -> list[LayerPai
     pairs = []
     for name, layer in lora_layers(model):
         if chosen in layer.lora_A or chosen in layer.lora_embedding_A:
+            if training and chosen not in layer.active_adapters:
+                raise ConfigError(
+                    f"the adapter {chosen!r} of {name} is not active, so it does not train. Call "
+                    f"model.set_adapter({chosen!r}) first."
+                )
             pair = _pair(name, layer, chosen)
             if isinstance(pair.weight, nn.Parameter) and holders[pair.weight] > 1:
                 raise ConfigError(

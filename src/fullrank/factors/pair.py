@@ -88,9 +88,9 @@ class LowRankPair:
             generator: Of the random rounding, on the weight's device.
             stochastic: Round at random where the weight's type is shorter than float32, else to nearest.
         """
-        total = self.update()
-        size = float(total.norm())
-        total += self.read()
+        update, total = self.update(), self.read()
+        size = float(update.norm())
+        total = total + update
         stored = self.write_(total, generator, stochastic=stochastic)
         return Merge(size, 0.0 if stored is total else float((total - stored).norm()))
 

@@ -18,8 +18,8 @@ KINDS = ("Params4bit", "Int8Params")
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is one of bitsandbytes'."""
-    return type(weight).__name__ in KINDS
+    """Whether a weight is kept as bitsandbytes' codes."""
+    return type(weight).__name__ in KINDS and not getattr(weight, "has_fp16_weights", False)
 
 
 @dataclass(eq=False)

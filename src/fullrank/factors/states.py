@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fullrank.errors import UnsupportedError
+from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.optimizer import MethodOptimizer
 
 FIRST = ("exp_avg", "state1", "momentum_buffer")
 """Names of the first moment."""
-MOMENTS = (*FIRST, "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "state2")
+MOMENTS = (
+    *FIRST,
+    *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "state2"),
+    *("square_avg", "grad_avg", "sum", "acc_delta", "exp_avg_slow"),
+)
 """Names of all moments."""
+FROM_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"}
+"""State that an optimizer makes as zeros, so that zeroing it is starting again."""
 CODES = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes' 8-bit moments: name of the codes -> of their table of values, and of the scales of their blocks."""
 RESETS = ("zero", "magnitude", "random", "keep")
@@ -60,33 +67,30 @@ def reset_states(
         generator: Of the random choice, on the CPU.
 
     Raises:
+        ConfigError: For an unknown way.
         UnsupportedError: If the state is of a kind that magnitude or random cannot prune.
     """
+    if how not in RESETS:
+        raise ConfigError(f"reset must be one of {', '.join(RESETS)}, got {how!r}.")
     total = Reset(0, 0)
     for parameter in parameters:
         if state := optimizer.state.get(parameter):
+            before = _count(state)
             if how == "zero":
-                _zero_(state)
+                _zero_(state, in_place=isinstance(optimizer, MethodOptimizer))
             elif how != "keep":
                 _prune_(state, parameter, how, ratio, generator)
-            total += _count(state, parameter)
+            total += Reset(before.num_total, before.num_total) if how == "zero" else _count(state)
     return total
 
 
-def _zero_(state: dict[str, Any]) -> None:
-    """As if no step had been taken. Plain tensors keep their place; a state of another kind is dropped whole."""
-    for key, value in list(state.items()):
-        if key in CODES and value.dtype == torch.uint8:
-            table, scales = CODES[key]
-            value.fill_(_code_of_zero(state[table]))
-            state[scales].zero_()
-        elif type(value) is Tensor and not key.startswith("qmap"):
+def _zero_(state: dict[str, Any], *, in_place: bool) -> None:
+    """As if no step had been taken: zeros where a new state is zeros, else the state is dropped and made anew."""
+    if in_place or (state.keys() <= FROM_ZERO and all(type(value) is Tensor for value in state.values())):
+        for value in state.values():
             value.zero_()
-        elif isinstance(value, int | float) and key == "step":
-            state[key] = type(value)(0)
-        elif torch.is_tensor(value) and not key.startswith("qmap"):
-            state.clear()  # a tensor subclass: its optimizer makes a new one at the next step
-            return
+    else:
+        state.clear()
 
 
 def _prune_(
@@ -125,10 +129,8 @@ def _values(state: dict[str, Any], key: str) -> Tensor:
     return values
 
 
-def _count(state: dict[str, Any], parameter: Tensor) -> Reset:
-    """How many entries of the moments are zero; a dropped state counts as two moments of zeros."""
-    if not state:
-        return Reset(2 * parameter.numel(), 2 * parameter.numel())
+def _count(state: dict[str, Any]) -> Reset:
+    """How many entries of the moments are zero."""
     result = Reset(0, 0)
     for key in MOMENTS:
         if torch.is_tensor(state.get(key)):

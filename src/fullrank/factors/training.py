@@ -148,8 +148,7 @@ def make_optimizer(parts: Parts, config: FactorConfig) -> torch.optim.AdamW:
     """AdamW, fused, over the factors, what trains beside them, and for a warm start the rest; freezes what waits."""
     factors = [parameter for pair in parts.pairs for parameter in pair.parameters()]
     for parameter in (*(pair.weight for pair in parts.pairs), *parts.frozen):
-        if parameter.is_floating_point():
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(False)
     for parameter in (*factors, *parts.beside):
         parameter.requires_grad_(True)
     groups: list[dict[str, list[Tensor]]] = [{"params": factors}]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fullrank.errors import ConfigError
 from fullrank.factors.pair import LowRankPair
+from fullrank.factors.quantized import is_quantized
 
 
 class WarmStart:
@@ -43,7 +44,7 @@ class WarmStart:
         self.others = others
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for pair in pairs if steps else ():
-            if not pair.weight.is_floating_point():
+            if is_quantized(pair.weight):
                 raise ConfigError(
                     f"{pair.name} is quantized, so it cannot train full-rank. Set warm_start_steps to 0, or load the "
                     "base in bfloat16."

@@ -41,6 +41,7 @@ from fullrank.factors import (
     find_pairs,
     reset_states,
 )
+from fullrank.factors.quantized import is_quantized
 from fullrank.factors.training import cycles_of, divide, factor_problems, make_optimizer, planned_state_bytes
 from fullrank.methods.base import Built, Method
 
@@ -83,7 +84,7 @@ class ReLoRA:
         restart_warmup_steps: Steps in which the learning rate rises after a restart.
         reset: ``zero``: moments and step counter of the factors; ``magnitude``: all but the largest entries;
             ``random``: all but a few at random (both drop the same entries of both moments); ``keep``: nothing.
-        reset_ratio: Share of entries that magnitude and random drop (the paper: 0.8 to 0.9).
+        reset_ratio: Share of entries that magnitude and random drop (the authors' runs: 0.7 to 0.99).
         adjust_step: Steps by which cycles and schedule are ahead, for a start from a checkpoint within a cycle.
         warm_start_steps: Optimizer steps of full-rank training first, in which the weights train and not their factors.
         warm_start_lr_ratio: Learning rate in these relative to the later one.
@@ -127,7 +128,10 @@ class ReLoRA:
         self.seed = seed
         if problems := [*self.cycles.problems(), *restart_problems(reset, reset_ratio, merge_rounding)]:
             raise ConfigError(" ".join(problems))
-        self.pairs = list(find_pairs(model, adapter=adapter)) if isinstance(model, nn.Module) else list(model)
+        found = find_pairs(model, adapter=adapter, training=True) if isinstance(model, nn.Module) else model
+        self.pairs = list(found)
+        if not self.pairs:
+            raise ConfigError("there are no factors to restart: the list of pairs is empty. Give at least one.")
         self.optimizer = optimizer
         self.num_steps = 0
         """Optimizer steps taken."""
@@ -211,7 +215,8 @@ class ReLoRA:
                 f"{type(self.optimizer).__name__} given to ReLoRA the optimizer that steps, and does it have moments?",
                 stacklevel=4,
             )
-        if restart.merge.relative_error > NOTABLE_ERROR:
+        is_lost = self.merge_rounding == "nearest" or any(is_quantized(pair.weight) for pair in self.pairs)
+        if is_lost and restart.merge.relative_error > NOTABLE_ERROR:
             warnings.warn(
                 f"{restart.merge.relative_error:.0%} of the update merged after step {restart.step} is lost to the "
                 "weights' type, whose grid is coarser than that. Use longer cycles (restart_every) or a finer base.",
