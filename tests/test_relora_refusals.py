@@ -119,8 +119,24 @@ def test_the_wrong_optimizer_is_worth_a_warning() -> None:
     model = peft_model("linear")
     stepping, given = (torch.optim.AdamW(trainable(model), lr=1e-2) for _ in range(2))
     relora = ReLoRA(model, given, restart_every=3, restart_warmup_steps=1)
+    with pytest.warns(UserWarning, match="AdamW has not stepped between 100 calls of ReLoRA"):
+        train(model, stepping, range(100), relora)
     with pytest.warns(UserWarning, match="Is the AdamW given to ReLoRA the optimizer that steps"):
-        train(model, stepping, range(3), relora)
+        relora.after_step(3)
+
+
+def test_calls_while_gradients_accumulate() -> None:
+    """Only steps of the optimizer count, however often the loop asks."""
+    model = peft_model("linear")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    relora = ReLoRA(model, optimizer, restart_every=2, restart_warmup_steps=1)
+    restarts = []
+    for call in range(12):
+        if call % 3 == 2:
+            train(model, optimizer, range(call, call + 1))
+        restarts.append(relora.step())
+    assert relora.num_steps == 4
+    assert [call for call, restart in enumerate(restarts) if restart] == [5, 11]
 
 
 def test_a_list_of_nothing() -> None:

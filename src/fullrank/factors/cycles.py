@@ -50,7 +50,10 @@ class Cycles:
 
     def num_restarts(self, num_steps: int) -> int:
         """Restarts in a run of so many optimizer steps that another step follows."""
-        return sum(self.begins_after(step) for step in range(1, num_steps))
+        last, every = num_steps - 1 - self.warm_start_steps, self.restart_every
+        if every is None or last < every:
+            return 0
+        return (last + self.adjust_step) // every - (every - 1 + self.adjust_step) // every
 
     def problems(self) -> list[str]:
         """What is wrong with the lengths, one sentence each."""
@@ -107,7 +110,8 @@ class Cycles:
         if not 0 <= warmup_steps <= first:
             raise ConfigError(
                 f"warmup_steps must be at least 0 and at most {first}, the first step at which the rate falls to zero "
-                f"(the end of the warm start, or restart_every - adjust_step), got {warmup_steps}. Shorten it."
+                f"(the end of the warm start, or restart_every - adjust_step), got {warmup_steps}. Shorten it, or "
+                "lengthen the warm start or the cycles."
             )
         if self.warm_start_steps >= num_training_steps:
             raise ConfigError(
@@ -116,8 +120,8 @@ class Cycles:
             )
         if self.restart_every is not None and not self.num_restarts(num_training_steps):
             logger.warning(
-                "restart_every is %d, and the run has %d optimizer steps after its warm start: no restart comes before "
-                "its end, so this is LoRA. Lower restart_every",
+                "restart_every is %d, and the run has %d optimizer steps for it: no restart comes before its end, so "
+                "this is LoRA. Lower restart_every",
                 self.restart_every,
                 num_training_steps - self.warm_start_steps,
             )

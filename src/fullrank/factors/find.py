@@ -77,6 +77,8 @@ def find_pairs(model: nn.Module, *, adapter: str | None = None, training: bool =
 def _pair(name: str, layer: Any, adapter: str) -> LayerPair:
     """The pair of one PEFT layer."""
     base, kind = layer.get_base_layer(), type(layer).__name__
+    if not isinstance(layer.lora_A, nn.ModuleDict):
+        raise UnsupportedError(f"{name} is a {kind} of another method than LoRA, whose factors cannot be restarted.")
     if layer.merged:
         raise ConfigError(f"the adapter of {name} is merged already. Call model.unmerge_adapter() first.")
     if adapter in layer.lora_variant or layer.lora_bias.get(adapter) or getattr(base, "groups", 1) != 1:
@@ -151,12 +153,12 @@ def target_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
-    matched, _ = match_parameters(model, patterns, min_ndim=2)
-    found = {name: module for name, module in linear.items() if f"{name}.weight" in matched}
+    match_parameters(model, patterns, min_ndim=2)
+    found = {name: layer for name, layer in linear.items() if any(pattern in f"{name}.weight" for pattern in patterns)}
     for pattern in patterns:
-        if not any(pattern in name for name in found):
+        if not any(pattern in f"{name}.weight" for name in found):
             raise ConfigError(
-                f"target pattern {pattern!r} matches no linear layer of this model, and LoRA's factors are put beside "
-                f"these. It matches {', '.join(n for n in matched if pattern in n)}. Leave it out."
+                f"target pattern {pattern!r} matches weights of this model, but none of a linear layer, and LoRA's "
+                "factors are put beside these. Leave it out."
             )
     return found

@@ -56,6 +56,11 @@ class LowRankPair:
     """Whether it is A that starts at zero, and B at random (normal), as PEFT's embeddings do."""
 
     def __post_init__(self) -> None:
+        if self.a.ndim < 2 or self.b.ndim < 2 or not len(self.a):
+            raise ConfigError(
+                f"{self.name}: factors must be matrices of rank 1 or more, got A {tuple(self.a.shape)} and B "
+                f"{tuple(self.b.shape)}."
+            )
         rows, columns = self.shape
         rank = self.a.shape[0]
         if self.a[0].numel() != columns or self.b.shape[0] != rows or self.b[0].numel() != rank:
@@ -91,6 +96,7 @@ class LowRankPair:
         update, total = self.update(), self.read()
         size = float(update.norm())
         total = total + update
+        del update  # a matrix less while the sum is rounded
         stored = self.write_(total, generator, stochastic=stochastic)
         return Merge(size, 0.0 if stored is total else float((total - stored).norm()))
 
@@ -139,6 +145,17 @@ class LayerPair(LowRankPair):
     """The pair of a PEFT layer, which can also leave its factors out of the forward pass."""
 
     layer: Any = None
+
+    @torch.no_grad()
+    def merge_(self, *, generator: torch.Generator | None = None, stochastic: bool = True) -> Merge:
+        """As of any pair.
+
+        Raises:
+            ConfigError: If PEFT has merged the layer: its factors would be added twice.
+        """
+        if self.layer.merged:
+            raise ConfigError(f"the adapter of {self.name} is merged at present. Call model.unmerge_adapter() first.")
+        return super().merge_(generator=generator, stochastic=stochastic)
 
     def freeze(self, *, frozen: bool = True) -> None:
         """As of any pair; while the weight trains, the layer is its base alone."""

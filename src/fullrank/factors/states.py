@@ -23,7 +23,7 @@ MOMENTS = (
     *("square_avg", "grad_avg", "sum", "acc_delta", "exp_avg_slow"),
 )
 """Names of all moments."""
-FROM_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"}
+FROM_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg", "grad_avg", "acc_delta"}
 """State that an optimizer makes as zeros, so that zeroing it is starting again."""
 CODES = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes' 8-bit moments: name of the codes -> of their table of values, and of the scales of their blocks."""
@@ -77,20 +77,22 @@ def reset_states(
         if state := optimizer.state.get(parameter):
             before = _count(state)
             if how == "zero":
-                _zero_(state, in_place=isinstance(optimizer, MethodOptimizer))
+                _zero_(optimizer, parameter)
             elif how != "keep":
                 _prune_(state, parameter, how, ratio, generator)
             total += Reset(before.num_total, before.num_total) if how == "zero" else _count(state)
     return total
 
 
-def _zero_(state: dict[str, Any], *, in_place: bool) -> None:
+def _zero_(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """As if no step had been taken: zeros where a new state is zeros, else the state is dropped and made anew."""
-    if in_place or (state.keys() <= FROM_ZERO and all(type(value) is Tensor for value in state.values())):
+    state = optimizer.state[parameter]
+    plain = state.keys() <= FROM_ZERO and all(type(value) is Tensor for value in state.values())
+    if plain or isinstance(optimizer, MethodOptimizer):
         for value in state.values():
             value.zero_()
     else:
-        state.clear()
+        del optimizer.state[parameter]
 
 
 def _prune_(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -88,8 +89,12 @@ class AdapterRequest:
 def factor_problems(config: FactorConfig, cycles: Cycles) -> list[str]:
     """What is wrong with the options, one sentence each."""
     problems = adam_problems(dataclasses.asdict(config)) + cycles.problems()
-    if not config.lora_alpha > 0.0:
-        problems.append(f"lora_alpha must be above 0, got {config.lora_alpha!r}. At 0 the factors have no effect.")
+    if not 0.0 < config.lora_alpha < math.inf:
+        problems.append(
+            f"lora_alpha must be above 0 and finite, got {config.lora_alpha!r}. The scale is lora_alpha / rank."
+        )
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"seed must be between 0 and {2**32 - 1}, got {config.seed}.")
     if not 0.0 <= config.lora_dropout < 1.0:
         problems.append(f"lora_dropout must be at least 0 and below 1, got {config.lora_dropout!r}.")
     if config.warm_start_lr is not None and not config.warm_start_lr > 0.0:

@@ -63,6 +63,11 @@ class WarmStart:
             for parameter in self.others:
                 parameter.requires_grad_(step < self.steps)
 
+    def after_step(self, step: int) -> None:
+        """End the warm start after its last optimizer step."""
+        if self.steps and step == self.steps:
+            self.end()
+
     def end(self) -> None:
         """Freeze the weights, free their gradients and states, wake the factors."""
         self.at_step(self.steps)

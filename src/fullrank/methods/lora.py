@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fullrank.errors import ConfigError
-from fullrank.factors import AdapterRequest, FactorConfig, WarmStart
+from fullrank.factors import AdapterRequest, Cycles, FactorConfig, WarmStart
 from fullrank.factors.training import cycles_of, divide, factor_problems, make_optimizer, planned_state_bytes
 from fullrank.methods.base import Built, Method
 
@@ -29,14 +29,21 @@ class LoraConfig(FactorConfig):
 
 def adapters(config: LoraConfig) -> AdapterRequest:
     """Factors beside every target matrix."""
+    checked_cycles(config)
     return AdapterRequest.of(config, keeps_base=True)
+
+
+def checked_cycles(config: LoraConfig) -> Cycles:
+    """The warm start under these options, once they are in order."""
+    cycles = cycles_of(config)
+    if problems := factor_problems(config, cycles):
+        raise ConfigError(" ".join(problems))
+    return cycles
 
 
 def build(model: nn.Module, config: LoraConfig) -> Built:
     """AdamW on the factors and what trains beside them; the model must have its LoRA layers."""
-    cycles = cycles_of(config)
-    if problems := factor_problems(config, cycles):
-        raise ConfigError(" ".join(problems))
+    cycles = checked_cycles(config)
     parts = divide(model, config)
     optimizer = make_optimizer(parts, config)
     if not config.warm_start_steps:
@@ -44,13 +51,9 @@ def build(model: nn.Module, config: LoraConfig) -> Built:
     warm_start = WarmStart(parts.pairs, optimizer, config.warm_start_steps, others=parts.frozen)
     warm_start.at_step(0)
 
-    def after_step(step: int) -> None:
-        if step == warm_start.steps:
-            warm_start.end()
-
     return Built(
         optimizer,
-        after_step=after_step,
+        after_step=warm_start.after_step,
         at_step=warm_start.at_step,
         switches=(warm_start.steps,),
         schedule=cycles.schedule,

@@ -48,6 +48,8 @@ from fullrank.methods.base import Built, Method
 logger = logging.getLogger(__name__)
 
 ROUNDINGS = ("stochastic", "nearest")
+IDLE = 100
+"""Calls without an optimizer step that are no accumulation any more."""
 NOTABLE_ERROR = 0.5
 """Share of an update that may be lost in a merge before it is worth a warning."""
 
@@ -139,6 +141,10 @@ class ReLoRA:
         self._check_optimizer()
         self.warm_start = WarmStart(self.pairs, optimizer, warm_start_steps, others=warm_start_only)
         self.at_step(0)
+        self._has_stepped = False
+        self._num_idle = 0
+        # accelerate's wrapper does not step while it accumulates, nor a GradScaler where gradients overflow.
+        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._on_step)
 
     def _check_optimizer(self) -> None:
         held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -174,15 +180,31 @@ class ReLoRA:
         """Any other scheduler with this one's restarts: its rate, times the rise after each restart."""
         return Jagged(scheduler, self.cycles)
 
+    def _on_step(self, *_: Any) -> None:
+        self._has_stepped = True
+
     def step(self) -> Restart | None:
-        """Count one optimizer step, and restart if a cycle ends here; returns what the restart did."""
+        """Count one optimizer step, and restart if a cycle ends here; returns what the restart did.
+
+        A call without a step of the optimizer since the last one does nothing.
+        """
+        if not self._has_stepped:
+            self._num_idle += 1
+            if self._num_idle == max(IDLE, self.cycles.restart_every or 0):
+                warnings.warn(
+                    f"{type(self.optimizer).__name__} has not stepped between {self._num_idle} calls of ReLoRA.step(), "
+                    "so nothing restarts. Give ReLoRA the optimizer that steps, and call it after optimizer.step().",
+                    stacklevel=2,
+                )
+            return None
+        self._has_stepped = False
+        self._num_idle = 0
         return self.after_step(self.num_steps + 1)
 
     def after_step(self, step: int) -> Restart | None:
         """The same with the number of optimizer steps taken so far, for loops that count."""
         self.num_steps = step
-        if self.warm_start.steps and step == self.warm_start.steps:
-            self.warm_start.end()
+        self.warm_start.after_step(step)
         return self.restart() if self.cycles.begins_after(step) else None
 
     def at_step(self, step: int) -> None:
@@ -270,16 +292,23 @@ class ReloraConfig(FactorConfig):
 
 def adapters(config: ReloraConfig) -> AdapterRequest:
     """Factors beside every target matrix."""
+    checked_cycles(config)
     return AdapterRequest.of(config, keeps_base=False)
 
 
-def build(model: nn.Module, config: ReloraConfig) -> Built:
-    """AdamW on the factors and what trains beside them, with restarts; the model must have its LoRA layers."""
+def checked_cycles(config: ReloraConfig) -> Cycles:
+    """Warm start and restarts under these options, once all of them are in order."""
     cycles = cycles_of(config, restart_every=config.restart_every, adjust_step=config.adjust_step)
     problems = factor_problems(config, cycles)
     problems += restart_problems(config.reset, config.reset_ratio, config.merge_rounding)
     if problems:
         raise ConfigError(" ".join(problems))
+    return cycles
+
+
+def build(model: nn.Module, config: ReloraConfig) -> Built:
+    """AdamW on the factors and what trains beside them, with restarts; the model must have its LoRA layers."""
+    cycles = checked_cycles(config)
     parts = divide(model, config)
     relora = ReLoRA(
         parts.pairs,

@@ -30,11 +30,10 @@ def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     """
     if dtype not in DROPPED_BITS:
         return values.to(dtype)
-    bits = DROPPED_BITS[dtype]
-    pattern = values.to(torch.float32).view(torch.int32)
-    noise = torch.randint(0, 1 << bits, pattern.shape, dtype=torch.int32, device=values.device, generator=generator)
-    rounded = ((pattern + noise) >> bits << bits).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values.to(torch.float32)).to(dtype)
+    bits, values = DROPPED_BITS[dtype], values.to(torch.float32)
+    noise = torch.randint(0, 1 << bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    noise.add_(values.view(torch.int32)).bitwise_right_shift_(bits).bitwise_left_shift_(bits)
+    return torch.where(values.isfinite(), noise.view(torch.float32), values).to(dtype)
 
 
 def kaiming_uniform_(matrix: Tensor, generator: torch.Generator) -> None:

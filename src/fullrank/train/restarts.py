@@ -6,10 +6,13 @@ place beside the factors, would be lost; the callback puts them into the checkpo
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -33,6 +36,7 @@ class ReLoRACallback(MethodSteps):
         super().__init__(relora.after_step)
         self.relora = relora
         self.resume_from = resume_from
+        self._has_warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,10 +53,29 @@ class ReLoRACallback(MethodSteps):
                 "DDP cannot change which parameters train while it runs. Run the warm start first and wrap the model "
                 "anew after it, as `fullrank pretrain --method.name relora` does, or start from a trained model."
             )
-        if state.global_step > 0:
-            folder = Path(self.resume_from or _checkpoint(args, state))
-            self._load(folder, kwargs["model"])
         self.relora.at_step(self.num_steps)
+        if state.global_step > 0:
+            self._load(Path(self.resume_from or _checkpoint(args, state)), kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hand the step on; warn once if the learning rate takes no notice of a restart."""
+        super().on_step_end(args, state, control, **kwargs)
+        restarted = self.relora.last_restart is not None and self.relora.last_restart.step == self.num_steps
+        rates = [group["lr"] for group in self.relora.optimizer.param_groups]
+        if restarted and self.relora.cycles.restart_warmup_steps and max(rates) > 0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the learning rate after a restart is {max(rates):g}, and should rise from 0. Give the Trainer "
+                "relora.scheduler(...), or relora.jagged(scheduler) for one of your own.",
+                stacklevel=2,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the Trainer has loaded its best checkpoint, take back the weights of that one."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(Path(state.best_model_checkpoint), kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint, if it holds the adapter alone."""
@@ -60,15 +83,27 @@ class ReLoRACallback(MethodSteps):
         if state.is_world_process_zero and not holds_whole_model(folder):
             tensors = {f"{pair.name}/{key}": t for pair in self.relora.pairs for key, t in pair.stored().items()}
             tensors |= {name: parameter.detach() for name, parameter in self._beside(kwargs["model"]).items()}
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / FILE)
+            saved = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(saved, folder / FILE, metadata={"factors": self._fingerprint()})
+
+    def _fingerprint(self) -> str:
+        """Tells whether factors and weights are of one checkpoint."""
+        digest = hashlib.sha256()
+        for pair in (self.relora.pairs[0], self.relora.pairs[-1]):
+            for factor in (pair.a, pair.b):
+                digest.update(factor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _beside(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What trains in place: neither factors nor weights with factors, nor PEFT's own copies of modules."""
         taken = {p for pair in self.relora.pairs for p in (pair.weight, *pair.parameters())}
+        warmed = set(self.relora.warm_start.others)
         return {
             name: parameter
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter not in taken and ".modules_to_save." not in name
+            if (parameter.requires_grad or parameter in warmed)
+            and parameter not in taken
+            and ".modules_to_save." not in name
         }
 
     @torch.no_grad()
@@ -79,6 +114,13 @@ class ReLoRACallback(MethodSteps):
             raise CheckpointError(
                 f"{folder} has no {FILE}, so the weights that restarts merged into are not there. Resume from a "
                 "checkpoint that a ReLoRACallback wrote to its end; name it with resume_from if it lies elsewhere."
+            )
+        with safe_open(folder / FILE, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("factors") != self._fingerprint():
+            raise CheckpointError(
+                f"{folder / FILE} belongs to other factors than the Trainer has loaded. If it resumes from another "
+                "folder than args.output_dir, name that checkpoint here too: ReLoRACallback(relora, resume_from=...)."
             )
         tensors = load_file(folder / FILE)
         for pair in self.relora.pairs:
