@@ -23,7 +23,7 @@ from fullrank.train.report import read_metrics
 from fullrank.train.start import start_weights
 from fullrank.weights import from_tensors, read_weights
 
-RANK, CYCLE, RISE, WARM_START = 32, 75, 10, 125
+RANK, CYCLE, RISE, WARM_START = 32, 75, 10, 120
 """Rank of the factors, length of a cycle, of its warm-up, and of the warm start (optimizer steps)."""
 FULL_LR = 1e-3
 """Rate of full-rank training, and so of the warm starts; the grid of ``full`` holds it."""

@@ -262,7 +262,7 @@ def test_a_model_without_its_layers(name: str) -> None:
         ({"rank": 11}, r"(?s)rank must be between 1 and 10 .*attn_tall.*got 11"),
         (
             {"target_modules": ["attn", "table"]},
-            r"target pattern 'table' matches weights of this model, but none of a linear layer",
+            r"pattern .table. matches weights of this model, but none of a linear",
         ),
         ({"target_modules": ["ffn"]}, r"ffn"),
     ],

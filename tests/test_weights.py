@@ -137,6 +137,14 @@ def test_factors_beside_weights_stored_transposed(tmp_path: Path) -> None:
     assert_holds(weights, {name: w for name, w in expected.items() if name in weights.shapes}, exactly=False)
 
 
+def test_square_factors_alone_beside_transposed_weights(tmp_path: Path) -> None:
+    """Their shapes do not show that they lie transposed; the type of the model does."""
+    injected = write_checkpoint(tmp_path, gpt2(), ["attn.c_proj"])
+    weights = read_weights(tmp_path)
+    expected = merged(injected)
+    assert_holds(weights, {name: w for name, w in expected.items() if name in weights.shapes}, exactly=False)
+
+
 def test_factors_in_bfloat16(tmp_path: Path) -> None:
     injected = write_checkpoint(tmp_path, llama().to(torch.bfloat16), ["q_proj"])
     pair = find_pairs(injected)[0]

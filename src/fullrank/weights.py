@@ -28,6 +28,8 @@ MARKER = "fullrank.json"
 """What a complete checkpoint of ours holds: the configuration of its run, among others."""
 BASE, FACTOR_A, FACTOR_B = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
 TRAINED_SCALE = ".lora_scaling.default"
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Types of models whose linear layers keep their weights as columns x rows."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ def read_weights(folder: str | Path) -> Weights:
     return Weights(str(place), stored.shapes, lambda name: _float64(stored.read(name), name, str(place)))
 
 
+def stored_names(folder: str | Path) -> set[str]:
+    """The names of the tensors in a folder's safetensors files; none if it holds none."""
+    path = Path(folder)
+    return set(_Stored(path).shapes) if any(path.glob("model*.safetensors")) else set()
+
+
 def holds_factors(folder: str | Path) -> bool:
     """Whether a folder is a checkpoint with LoRA's factors in it, which ``read_weights`` adds to their weights."""
-    path = Path(folder)
-    return (path / "model.safetensors").is_file() and any(name.endswith(FACTOR_A) for name in _Stored(path).shapes)
+    return any(name.endswith(FACTOR_A) for name in stored_names(folder))
 
 
 def weights_folder(folder: str | Path) -> Path:
@@ -190,7 +197,7 @@ def _folded(stored: _Stored, folder: Path) -> Weights:
     shapes = {name: stored.shapes[place] for name, place in places.items()}
     alpha = _alpha(folder)
     flipped = {name for name in adapted if _is_flipped(name, shapes, stored, folder)}
-    if flipped:  # a square one does not show it, but the others of its model do
+    if _has_conv1d(folder):  # a square one does not show it
         flipped |= {name for name in adapted if shapes[name][0] == shapes[name][1]}
 
     def read(name: str) -> Tensor:
@@ -225,6 +232,17 @@ def _is_flipped(name: str, shapes: Shapes, stored: _Stored, folder: Path) -> boo
             "it again."
         )
     return shapes[name] != (rows, columns)
+
+
+def _has_conv1d(folder: Path) -> bool:
+    """Whether a model's linear layers are transformers' Conv1D."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]) in CONV1D
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}, which says how the weights lie, cannot be read ({error!r}). Give a complete "
+            "checkpoint, or the folder of the merged model."
+        ) from None
 
 
 def _alpha(folder: Path) -> float:

@@ -46,6 +46,7 @@ class Adapters:
             lora_alpha=cast(int, request.alpha),  # PEFT only divides it: any number will do
             lora_dropout=request.dropout,
             target_modules=list(layers),
+            task_type="CAUSAL_LM",
             fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in layers.values()),
         )
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are drawn again below
@@ -64,10 +65,9 @@ class Adapters:
         return list(find_pairs(self.peft, adapter=ADAPTER))
 
     def save(self, folder: Path) -> int:
-        """Write a PEFT adapter, with what trained beside the factors; returns its bytes.
+        """Write a PEFT adapter, with whole what trained beside the factors; returns its bytes.
 
-        ``PeftModel.from_pretrained(base, folder)`` loads it: the factors beside their weights, and the rest, by its
-        names in the model, over the base's. A trained scale is folded into B.
+        ``PeftModel.from_pretrained(base, folder)`` loads it. A trained scale is folded into B.
         """
         config: Any = self.peft.peft_config[ADAPTER]
         tensors: dict[str, torch.Tensor] = {}
@@ -77,23 +77,34 @@ class Adapters:
             b = pair.b.detach() * (scale / (config.lora_alpha / config.r))
             tensors |= {f"{pair.name}.lora_A.weight": pair.a.detach(), f"{pair.name}.lora_B.weight": b}
         taken = {parameter for pair in pairs for parameter in (pair.weight, *pair.parameters())}
-        for name, parameter in self.peft.named_parameters():
-            if parameter.requires_grad and parameter not in taken:
-                tensors[name] = parameter.detach()
+        # Under every name of a tied weight: PEFT unties what it keeps whole.
+        named = self.peft.named_parameters(remove_duplicate=False)
+        beside = {name: p.detach() for name, p in named if p.requires_grad and p not in taken}
+        modules = {name.rpartition(".")[0] for name in beside}
+        whole = sorted({_last_name(module) for module in modules if not module.endswith(".base_layer")})
+        has_bias = any(module.endswith(".base_layer") for module in modules)
         folder.mkdir(parents=True, exist_ok=True)
-        saved = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        saved = {name: tensor.cpu().contiguous().clone() for name, tensor in (tensors | beside).items()}
         save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        replace(config, inference_mode=True).save_pretrained(str(folder))
+        changes = {"modules_to_save": whole or None, "bias": "lora_only" if has_bias else "none"}
+        replace(config, inference_mode=True, **changes).save_pretrained(str(folder))
         return sum(path.stat().st_size for path in folder.iterdir())
 
     def save_plain(self, folder: Path) -> None:
         """Write the model without its factors, as ``from_pretrained`` loads it."""
         model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
         state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
-        model.save_pretrained(folder, state_dict=state)
+        type(model).save_pretrained(model, folder, state_dict=state)
 
     def remove(self) -> None:
         """Merge the factors into their weights, rounded to nearest, and leave the plain model behind."""
         for pair in self.pairs():
             pair.merge_(stochastic=False)
         self.peft.unload()
+
+
+def _last_name(module: str) -> str:
+    """How PEFT finds a module to keep whole: by its last name; by the whole path if that is a number."""
+    path = module.removeprefix("base_model.model.")
+    last = path.rpartition(".")[2]
+    return path if last.isdigit() else last

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from fullrank.errors import CheckpointError
 from fullrank.train.config import RunConfig
 from fullrank.train.report import num_processes, versions, write_whole
+from fullrank.weights import CHECKPOINT, MARKER, stored_names
 
 logger = logging.getLogger(__name__)
 
-MARKER = "fullrank.json"
 FORMAT = 1
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 DEFINING = ("model", "data", "method", "seed")
 """Sections that define a trajectory: a resumed run may not change them."""
 FREE = frozenset(
@@ -156,6 +157,29 @@ def verify_content(checkpoint: Path, content_hash: str) -> None:
     marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     if marker["content_hash"] != content_hash:
         refuse(checkpoint, ["the text or the tokenizer of its data section has changed since"])
+
+
+def keep_own_names(model: PreTrainedModel) -> None:
+    """Let checkpoints hold the weights under the names of the model's modules, as a Trainer loads them.
+
+    transformers would write some under the names of older versions (the head of GPT-NeoX), and a Trainer, which
+    does not turn them back, would go on with a part of the model untrained.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
+
+
+def verify_names(checkpoint: Path, model: nn.Module) -> None:
+    """Check that a checkpoint holds every weight of the model: a Trainer would pass over what is missing.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if missing := sorted(set(model.state_dict()) - stored_names(checkpoint) - tied):
+        raise CheckpointError(
+            f"{checkpoint} lacks {len(missing)} weights of the model, first {missing[0]}: other versions wrote it "
+            "under other names. Resume with the versions in its fullrank.json."
+        )
 
 
 def refuse(checkpoint: Path, differences: list[str]) -> None:

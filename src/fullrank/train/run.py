@@ -72,6 +72,7 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
     method = METHODS[config.method_name]
     adapters = None if method.adapters is None else Adapters(model, method.adapters(config.method))
     built = method.build(model, config.method)
+    checkpoint.keep_own_names(model)
     recorder = Recorder(folder, config, content_hash=data.content_hash)
     steps = method_steps(built, adapters, folder)
     make = partial(
@@ -194,6 +195,8 @@ def train(config: RunConfig, make: Callable[[], Trainer], built: Built, folder: 
 
 def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, start: Path | None) -> bool:
     """Train to the end, a switch or the first Ctrl-C, which stops cleanly; returns whether there was one."""
+    if start is not None:
+        checkpoint.verify_names(start, trainer.accelerator.unwrap_model(trainer.model))
     if start is not None and checkpoint.step_of(start) >= trainer.args.max_steps:
         # Killed after its last checkpoint: resumed there, the Trainer would take one step more.
         trainer._load_from_checkpoint(str(start))
@@ -236,6 +239,7 @@ def finish(
         sizes["adapter_bytes"] = save_adapter(folder / "adapter")
     if adapters is not None:
         adapters.remove()
+    vars(trainer.accelerator.unwrap_model(trainer.model)).pop("save_pretrained")  # under transformers' names again
     trainer.save_model(str(folder / "model"))
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     optimizer: Any = trainer.optimizer
