@@ -53,7 +53,7 @@ usage: fullrank export --model BASE --adapter DIR --output_dir OUT [--dtype DTYP
 Writes the base model with the adapter's changes merged in, as a folder that from_pretrained loads.
 
   --model BASE      folder or hub name of the model that the adapter was trained from; another one is refused
-  --adapter DIR     folder of the adapter: adapter/ in a run's folder, or what SIFT.save_adapter wrote
+  --adapter DIR     folder of the adapter: adapter/ in the folder of a SIFT run, or what SIFT.save_adapter wrote
   --output_dir OUT  folder to write; must be new or empty
   --dtype DTYPE     float32, bfloat16 or float16; default: that of the base's files
 """
@@ -230,11 +230,12 @@ def analyze(arguments: list[str]) -> int:
 def start_of(folder: Path) -> Weights:
     """The weights that the run of this folder started from."""
     from fullrank.train.start import start_weights
-    from fullrank.weights import from_tensors, read_weights, run_folder
+    from fullrank.weights import CHECKPOINT, from_tensors, read_weights, run_folder
 
     run = run_folder(folder)
     assert run is not None  # looked at before
-    start = start_weights(run)
+    found = CHECKPOINT.fullmatch(folder.absolute().name)
+    start = start_weights(run, step=int(found[1]) if found else None)
     return read_weights(start) if isinstance(start, Path) else from_tensors(start, source=f"the start of {run}")
 
 

@@ -38,6 +38,11 @@ def export(model: str, adapter: str, output_dir: str, *, dtype: str | None = Non
     refuse_unusable(folder, remedy="Choose another.")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if (Path(adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{adapter} is a PEFT adapter. Take model/ of the run that wrote it, where it is merged already, or merge "
+            "it by PEFT: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        )
     trained = load_adapter(adapter)
     base = load_base(model, trained)
     trained.apply(base)

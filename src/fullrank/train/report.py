@@ -111,6 +111,9 @@ def draw_loss(folder: Path, *, title: str) -> Path:
 def summary(result: dict[str, Any]) -> str:
     """The lines printed when a run has ended."""
     state, adamw = result["optimizer_state_bytes"], result["adamw_state_bytes"]
+    peak = result["optimizer_state_peak_bytes"]
+    at_most = f", {megabytes(peak)} in its warm start" if peak > state else ""
+    folders = [name for name in ("model/", "adapter/", "warm_start/") if (Path(result["folder"]) / name).is_dir()]
     before = result["perplexity_before"]
     adapter = result.get("adapter_bytes")
     start = f"{before:,.1f} before, " if before is not None else ""
@@ -119,12 +122,13 @@ def summary(result: dict[str, Any]) -> str:
             "",
             f"validation perplexity  {start}{result['perplexity']:,.2f} after "
             f"{result['steps']:,} steps ({result['tokens']:,} tokens)",
-            f"optimizer state        {megabytes(state)} with {result['method']}, {megabytes(adamw)} with AdamW "
-            f"({state / adamw:.0%})",
+            f"optimizer state        {megabytes(state)} with {result['method']}{at_most}; {megabytes(adamw)} with "
+            f"AdamW ({state / adamw:.0%})",
             *([f"adapter                {megabytes(adapter)}: what training changed"] if adapter else []),
             f"step time              {(result['step_time_median_s'] or 0.0) * 1000:,.0f} ms (median)",
             f"sample                 {result['sample']!r}",
-            f"files                  {result['folder']} (model/, metrics.jsonl, result.json, loss.png, config.yaml)",
+            f"files                  {result['folder']} ({', '.join(folders)}, metrics.jsonl, result.json, loss.png, "
+            "config.yaml)",
         ]
     )
 

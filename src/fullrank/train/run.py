@@ -59,17 +59,13 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
     logger.info("%s", data.description)
     if start is not None:
         checkpoint.verify_content(start, data.content_hash)
-    model = build_model(
-        config.model,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        sequence_length=config.data.sequence_length,
-        seed=config.seed,
-    )
-    sizes = {"parameters": model.num_parameters(), "adamw_state_bytes": memory.adamw_state_bytes(model)}
+    model = make_model(config, tokenizer)
     method = METHODS[config.method_name]
+    sizes = {
+        "parameters": model.num_parameters(),
+        "adamw_state_bytes": memory.adamw_state_bytes(model),
+        "optimizer_state_peak_bytes": method.state_bytes(model, config.method),
+    }
     adapters = None if method.adapters is None else Adapters(model, method.adapters(config.method))
     built = method.build(model, config.method)
     checkpoint.keep_own_names(model)
@@ -90,6 +86,19 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         logger.warning("stopped at step %d; go on with: fullrank pretrain --resume %s", step, folder)
         return None
     return finish(config, trainer, tokenizer=tokenizer, folder=folder, sizes=sizes, built=built, adapters=adapters)
+
+
+def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The network to train, with the tokenizer's vocabulary and special tokens."""
+    return build_model(
+        config.model,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        sequence_length=config.data.sequence_length,
+        seed=config.seed,
+    )
 
 
 def method_steps(built: Built, adapters: Adapters | None, folder: Path) -> MethodSteps | None:
@@ -234,14 +243,7 @@ def finish(
         trainer.evaluate()
         scores = _scores(trainer)
     assert scores[-1]["step"] == trainer.state.global_step
-    save_adapter = adapters.save if adapters is not None and adapters.request.keeps_base else built.save_adapter
-    if config.model.pretrained and save_adapter is not None and trainer.is_world_process_zero():
-        sizes["adapter_bytes"] = save_adapter(folder / "adapter")
-    if adapters is not None:
-        adapters.remove()
-    vars(trainer.accelerator.unwrap_model(trainer.model)).pop("save_pretrained")  # under transformers' names again
-    trainer.save_model(str(folder / "model"))
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    model, sizes = save_trained(config, trainer, folder, sizes, built=built, adapters=adapters)
     optimizer: Any = trainer.optimizer
     result = {
         "method": config.method_name,
@@ -265,6 +267,27 @@ def finish(
         report.draw_loss(folder, title=f"{config.model.name}, {config.method_name}")
         report.write_whole(folder / "result.json", json.dumps(result, indent=2))  # last: it says that the run has ended
     return result
+
+
+def save_trained(
+    config: RunConfig,
+    trainer: Trainer,
+    folder: Path,
+    sizes: dict[str, int],
+    *,
+    built: Built,
+    adapters: Adapters | None,
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """Write an adapter, if the base was a trained model, and the plain model; both it and the sizes come back."""
+    save_adapter = adapters.save if adapters is not None and adapters.request.keeps_base else built.save_adapter
+    if config.model.pretrained and save_adapter is not None and trainer.is_world_process_zero():
+        sizes = sizes | {"adapter_bytes": save_adapter(folder / "adapter")}
+    if adapters is not None:
+        adapters.remove()
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    vars(model).pop("save_pretrained")  # under transformers' own names again
+    trainer.save_model(str(folder / "model"))
+    return model, sizes
 
 
 def _scores(trainer: Trainer) -> list[dict[str, Any]]:

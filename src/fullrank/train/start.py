@@ -17,20 +17,27 @@ from fullrank.train.model import build_model
 from fullrank.train.resolve import resolve
 
 
-def start_weights(run: str | Path) -> Path | dict[str, Tensor]:
+def start_weights(run: str | Path, *, step: int | None = None) -> Path | dict[str, Tensor]:
     """A folder of safetensors, or tensors by name in the type that the run trained in, whole in memory.
+
+    Args:
+        run: The run's folder.
+        step: Of the checkpoint whose start is asked for: one within a warm start began before it. None: the end.
 
     Raises:
         ConfigError: If the folder is not a run's, has saved nothing yet, or its start cannot be made again.
         CheckpointError: If its config.json or all of its checkpoints are damaged.
     """
     folder = Path(run)
-    if any((folder / "warm_start").glob("*.safetensors")):
-        return folder / "warm_start"
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
             f"{folder} is not a run folder: it has no config.yaml. Name the start of it by --base FOLDER."
         )
+    config = resolve(folder / "config.yaml")
+    warm_start_steps = getattr(config.method, "warm_start_steps", 0)
+    is_after = step is None or step >= warm_start_steps
+    if is_after and any((folder / "warm_start").glob("*.safetensors")):
+        return folder / "warm_start"
     saved = folder / "model"
     if not (saved / "config.json").is_file():
         saved = latest_checkpoint(folder) or saved
@@ -43,7 +50,6 @@ def start_weights(run: str | Path) -> Path | dict[str, Tensor]:
         network = AutoConfig.from_pretrained(str(saved), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{saved / 'config.json'} cannot be read ({error}). Copy or save it again.") from error
-    config = resolve(folder / "config.yaml")
     model = build_model(
         config.model,
         vocab_size=network.vocab_size,

@@ -47,7 +47,7 @@ def make_trainer(
         if switch % int(args.logging_steps):
             raise ConfigError(
                 f"the warm start ends after step {switch}, which falls between two logged steps: trainer.logging_steps "
-                f"is {args.logging_steps:g}. Make the one a multiple of the other."
+                f"is {args.logging_steps:g}. Make warm_start_steps a multiple of it."
             )
     try:
         trainer = Trainer(
@@ -139,7 +139,7 @@ def make_scheduler(config: RunConfig, args: TrainingArguments, built: Built) -> 
             "Use linear, cosine, cosine_with_min_lr or constant_with_warmup."
         )
     warmup, last = args.get_warmup_steps(args.max_steps), args.max_steps
-    return LambdaLR(built.optimizer, [built.schedule(base, warmup, last) for base in scheduler.lr_lambdas])
+    return LambdaLR(built.optimizer, built.schedule(scheduler.lr_lambdas[0], warmup, last))  # one for all groups
 
 
 def _steps_of_epochs(data: Data, batch: int, epochs: float) -> int:
