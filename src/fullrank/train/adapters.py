@@ -46,7 +46,6 @@ class Adapters:
             lora_alpha=cast(int, request.alpha),  # PEFT only divides it: any number will do
             lora_dropout=request.dropout,
             target_modules=list(layers),
-            task_type="CAUSAL_LM",
             fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in layers.values()),
         )
         with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are drawn again below
@@ -86,7 +85,11 @@ class Adapters:
         folder.mkdir(parents=True, exist_ok=True)
         saved = {name: tensor.cpu().contiguous().clone() for name, tensor in (tensors | beside).items()}
         save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        changes = {"modules_to_save": whole or None, "bias": "lora_only" if has_bias else "none"}
+        changes = {
+            "modules_to_save": whole or None,
+            "bias": "lora_only" if has_bias else "none",
+            "task_type": "CAUSAL_LM",
+        }
         replace(config, inference_mode=True, **changes).save_pretrained(str(folder))
         return sum(path.stat().st_size for path in folder.iterdir())
 
