@@ -309,4 +309,4 @@ def print_help(config: RunConfig) -> None:
 
 
 COMMANDS = {"pretrain": pretrain, "export": export, "analyze": analyze, "recipes": recipes}
-APPLICATION = ("transformers", "accelerate", "datasets", "jsonargparse", "yaml", "matplotlib", "tokenizers")
+APPLICATION = ("transformers", "accelerate", "datasets", "peft", "jsonargparse", "yaml", "matplotlib", "tokenizers")

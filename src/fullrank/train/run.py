@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 
 from fullrank import memory
 from fullrank.errors import ConfigError
-from fullrank.methods import METHODS, Built
+from fullrank.methods import METHODS, Built, Method
 from fullrank.train import checkpoint, report
-from fullrank.train.adapters import Adapters
 from fullrank.train.callbacks import CleanStop, MethodSteps, Recorder
 from fullrank.train.config import RunConfig
 from fullrank.train.data import load_data, load_tokenizer
@@ -28,6 +27,9 @@ from fullrank.train.model import PAPER_SIZES, build_model
 from fullrank.train.sources import PYTHON_DOCS
 from fullrank.train.tokenizer import TRAINED
 from fullrank.train.trainer import make_trainer
+
+if TYPE_CHECKING:
+    from fullrank.train.adapters import Adapters
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         "adamw_state_bytes": memory.adamw_state_bytes(model),
         "optimizer_state_peak_bytes": method.state_bytes(model, config.method),
     }
-    adapters = None if method.adapters is None else Adapters(model, method.adapters(config.method))
+    adapters = attach_adapters(model, method, config)
     built = method.build(model, config.method)
     checkpoint.keep_own_names(model)
     recorder = Recorder(folder, config, content_hash=data.content_hash)
@@ -99,6 +101,15 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrai
         sequence_length=config.data.sequence_length,
         seed=config.seed,
     )
+
+
+def attach_adapters(model: PreTrainedModel, method: Method, config: RunConfig) -> Adapters | None:
+    """The LoRA layers that a method asks for, on the model; only then is PEFT imported."""
+    if method.adapters is None:
+        return None
+    from fullrank.train.adapters import Adapters
+
+    return Adapters(model, method.adapters(config.method))
 
 
 def method_steps(built: Built, adapters: Adapters | None, folder: Path) -> MethodSteps | None:
