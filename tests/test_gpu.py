@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fullrank import ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW, GaLoreRMSprop
+from fullrank import ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW, GaLoreRMSprop, LowRankPair, ReLoRA
 from tests.problems import make_gradients, make_weight, relative_error
 
 pytestmark = [
@@ -60,3 +60,36 @@ def test_no_step_between_refreshes_waits_for_the_device(cls: Callable[..., torch
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(p).all() for p in optimizer.param_groups[0]["params"])
+
+
+def restarted(device: str, *, fused: bool) -> tuple[LowRankPair, ReLoRA]:
+    """A pair after seven steps with a restart after the third and the sixth."""
+    weight = make_weight((40, 24)).float().to(device)
+    a, b = (torch.nn.Parameter(tensor.to(device)) for tensor in (make_weight((4, 24)).float(), torch.zeros(40, 4)))
+    pair = LowRankPair(weight, a, b, scale=2.0)
+    optimizer = torch.optim.AdamW([a, b], lr=1e-2, fused=fused)
+    relora = ReLoRA([pair], optimizer, restart_every=3, restart_warmup_steps=1)
+    for number in range(7):
+        for i, factor in enumerate((a, b)):
+            factor.grad = make_gradients(tuple(factor.shape), 1, seed=10 * number + i)[0].float().to(device)
+        optimizer.step()
+        relora.step()
+    return pair, relora
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_restarts_on_the_gpu_follow_the_cpu(fused: bool) -> None:
+    """New factors are drawn on the CPU, so both devices have the same."""
+    (here, _), (there, relora) = restarted("cpu", fused=False), restarted("cuda", fused=fused)
+    assert relora.last_restart is not None
+    assert relora.last_restart.reset.percent == 100.0
+    for ours, theirs in ((here.weight, there.weight), (here.a, there.a), (here.b, there.b)):
+        assert relative_error(theirs.detach().cpu(), ours.detach()) < 1e-5
+
+
+def test_a_small_update_reaches_bfloat16_weights_on_the_gpu() -> None:
+    """On average: one to nearest would leave every weight where it is."""
+    weight = torch.ones(512, 512, dtype=torch.bfloat16, device="cuda")
+    pair = LowRankPair(weight, torch.full((1, 512), 1e-3, device="cuda"), torch.ones(512, 1, device="cuda"))
+    pair.merge_(generator=torch.Generator("cuda").manual_seed(0))
+    assert weight.float().mean().item() == pytest.approx(1.001, abs=1e-4)
