@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,14 +324,6 @@ def test_found_pairs_are_the_factors_of_every_target(kind: str) -> None:
         assert isinstance(model.get_submodule(pair.name).get_base_layer().weight, nn.Parameter)
     inner = find_pairs(model.get_base_model())
     assert [pair.a for pair in inner] == [pair.a for pair in pairs]
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -271,8 +270,11 @@ def test_an_8_bit_layer_with_weights_of_its_own() -> None:
     layers = Layers()
     layers.linear = bitsandbytes.nn.Linear8bitLt(4, 4)
     layers.is_loaded_in_8bit = True
-    pairs = find_pairs(get_peft_model(layers, LoraConfig(r=2, target_modules=["linear"])))
-    pairs[0].merge_()
+    (pair,) = find_pairs(get_peft_model(layers, LoraConfig(r=2, target_modules=["linear"])))
+    nn.init.ones_(pair.b)
+    expected = pair.weight.float() + pair.update()
+    pair.merge_()
+    torch.testing.assert_close(pair.weight.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
@@ -327,17 +329,11 @@ def test_factors_that_do_not_fit(shapes: tuple[tuple[int, ...], ...], transposed
 
 def test_factors_that_fit() -> None:
     """In any of the forms that layers have."""
-    LowRankPair(weight=torch.zeros(4, 6), a=torch.zeros(2, 6), b=torch.zeros(4, 2))
-    LowRankPair(weight=torch.zeros(4, 6), a=torch.zeros(2, 4), b=torch.zeros(6, 2), transposed=True)
-    LowRankPair(weight=torch.zeros(4, 3, 2, 2), a=torch.zeros(5, 3, 2, 2), b=torch.zeros(4, 5, 1, 1))
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    plain = LowRankPair(weight=torch.zeros(4, 6), a=torch.zeros(2, 6), b=torch.zeros(4, 2))
+    turned = LowRankPair(weight=torch.zeros(4, 6), a=torch.zeros(2, 4), b=torch.zeros(6, 2), transposed=True)
+    kernel = LowRankPair(weight=torch.zeros(4, 3, 2, 2), a=torch.zeros(5, 3, 2, 2), b=torch.zeros(4, 5, 1, 1))
+    assert [pair.shape for pair in (plain, turned, kernel)] == [(4, 6), (6, 4), (4, 12)]
+    assert all(pair.update().shape == pair.shape for pair in (plain, turned, kernel))
 
 
 @pytest.mark.usefixtures("one_process")

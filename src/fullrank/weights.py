@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,17 @@ def read_weights(folder: str | Path) -> Weights:
 def stored_names(folder: str | Path) -> set[str]:
     """The names of the tensors in a folder's safetensors files; none if it holds none."""
     path = Path(folder)
-    return set(_Stored(path).shapes) if any(path.glob("model*.safetensors")) else set()
+    return set(_Stored(path).shapes) if holds_model(path) else set()
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has the weights of a model, not those of an adapter alone."""
+    return any(folder.glob("model*.safetensors"))
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in the plain model -> name beside PEFT's layers, of everything that is not a factor."""
+    return {name.replace(".base_layer.", "."): name for name in names if ".lora_" not in name}
 
 
 def holds_factors(folder: str | Path) -> bool:
@@ -193,7 +203,7 @@ def _opened(path: Path) -> Any:
 def _folded(stored: _Stored, folder: Path) -> Weights:
     """The weights of a checkpoint with LoRA's factors in it, each with its update added."""
     adapted = {f"{name.removesuffix(FACTOR_A)}.weight" for name in stored.shapes if name.endswith(FACTOR_A)}
-    places = {name.replace(".base_layer.", "."): name for name in stored.shapes if ".lora_" not in name}
+    places = plain_names(stored.shapes)
     shapes = {name: stored.shapes[place] for name, place in places.items()}
     alpha = _alpha(folder)
     flipped = {name for name in adapted if _is_flipped(name, shapes, stored, folder)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.factors.pair import LayerPair
 from fullrank.factors.quantized import QuantizedPair, is_quantized
-from fullrank.params import match_parameters
+from fullrank.params import match_parameters, rank_problems
 from fullrank.sharding import refuse_sharded
 
 
@@ -142,11 +142,11 @@ def train_scaling(model: nn.Module, adapter: str = "default") -> list[nn.Paramet
     return numbers
 
 
-def target_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, Any]:
+def target_layers(model: nn.Module, patterns: Sequence[str], *, rank: int) -> dict[str, Any]:
     """The linear layers (and transformers' Conv1D) whose weight's name contains one of the patterns.
 
     Raises:
-        ConfigError: If a pattern matches no such layer.
+        ConfigError: If a pattern matches no such layer, or the rank is above the short side of one.
     """
     linear: dict[str, Any] = {
         name: module
@@ -161,4 +161,7 @@ def target_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, Any]:
                 f"target pattern {pattern!r} matches weights of this model, but none of a linear layer, and LoRA's "
                 "factors are put beside these. Leave it out."
             )
+    problems = [p for name, layer in found.items() for p in rank_problems(rank, tuple(layer.weight.shape), name)]
+    if problems:
+        raise ConfigError(problems[0])
     return found

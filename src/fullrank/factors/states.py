@@ -1,7 +1,7 @@
 """What a restart does to an optimizer's state: back to zero, or all but its largest entries dropped.
 
 Written for the states of Adam and its kin wherever they are kept: torch's classes (plain, foreach,
-fused), this package's, and bitsandbytes' 8-bit ones, whose codes are set to the code of zero.
+fused), this package's, and bitsandbytes' 8-bit ones, whose dropped entries get the code of zero.
 """
 
 from __future__ import annotations
@@ -75,12 +75,14 @@ def reset_states(
     total = Reset(0, 0)
     for parameter in parameters:
         if state := optimizer.state.get(parameter):
-            before = _count(state)
             if how == "zero":
+                num_entries = sum(moment.numel() for moment in _moments(state).values())
                 _zero_(optimizer, parameter)
-            elif how != "keep":
+                total += Reset(num_entries, num_entries)
+                continue
+            if how != "keep":
                 _prune_(state, parameter, how, ratio, generator)
-            total += Reset(before.num_total, before.num_total) if how == "zero" else _count(state)
+            total += _count(state)
     return total
 
 
@@ -111,12 +113,11 @@ def _prune_(
         order = _values(state, first).abs().flatten().topk(num_dropped, largest=False).indices
     else:
         order = torch.randperm(moment.numel(), generator=generator)[:num_dropped].to(moment.device)
-    for key in MOMENTS:
-        if key not in state or state[key].shape != moment.shape:
-            continue
-        flat = state[key].reshape(-1)  # a copy where the moment has no flat view
-        flat[order] = _code_of_zero(state[CODES[key][0]]) if flat.dtype == torch.uint8 else 0
-        state[key].copy_(flat.view(moment.shape))
+    for key, value in _moments(state).items():
+        if value.shape == moment.shape:
+            flat = value.reshape(-1)  # a copy where the moment has no flat view
+            flat[order] = _zero_of(state, key)
+            value.copy_(flat.view(moment.shape))
 
 
 def _values(state: dict[str, Any], key: str) -> Tensor:
@@ -134,13 +135,18 @@ def _values(state: dict[str, Any], key: str) -> Tensor:
 def _count(state: dict[str, Any]) -> Reset:
     """How many entries of the moments are zero."""
     result = Reset(0, 0)
-    for key in MOMENTS:
-        if torch.is_tensor(state.get(key)):
-            zero = _code_of_zero(state[CODES[key][0]]) if state[key].dtype == torch.uint8 else 0
-            result += Reset(int((state[key] == zero).sum()), state[key].numel())
+    for key, moment in _moments(state).items():
+        result += Reset(int((moment == _zero_of(state, key)).sum()), moment.numel())
     return result
 
 
-def _code_of_zero(table: Tensor) -> int:
-    """The code that bitsandbytes' table maps to 0."""
-    return int(table.abs().argmin())
+def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The moments that a state holds."""
+    return {key: state[key] for key in MOMENTS if torch.is_tensor(state.get(key))}
+
+
+def _zero_of(state: dict[str, Any], key: str) -> int:
+    """What stands for zero in a moment: 0, or of 8-bit codes the one that bitsandbytes' table maps to 0."""
+    if state[key].dtype != torch.uint8:
+        return 0
+    return int(state[CODES[key][0]].abs().argmin())

@@ -7,17 +7,15 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fullrank.errors import ConfigError
 from fullrank.factors.cycles import Cycles
 from fullrank.factors.find import find_pairs, lora_layers, target_layers
 from fullrank.factors.pair import LowRankPair
 from fullrank.optimizer import AdamConfig, adam_problems
-from fullrank.params import rank_problems
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +78,7 @@ class AdapterRequest:
             dropout=config.lora_dropout,
             target_modules=config.target_modules,
             trainable_scaling=config.trainable_scaling,
-            dtype=getattr(torch, config.factor_dtype) if config.factor_dtype else None,
+            dtype=_factor_dtype(config),
             seed=config.seed,
             keeps_base=keeps_base and not config.warm_start_steps,
         )
@@ -187,8 +185,8 @@ def planned_state_bytes(model: nn.Module, config: FactorConfig) -> int:
         taken = {p for pair in pairs for p in pair.parameters()}
         targets = {pair.weight for pair in pairs}
     else:
-        layers = target_layers(model, config.target_modules)
-        factors = [size for name, layer in layers.items() for size in _factor_sizes(name, layer, config)]
+        layers = target_layers(model, config.target_modules, rank=config.rank)
+        factors = [size for layer in layers.values() for size in _factor_sizes(layer.weight, config)]
         taken, targets = set(), {layer.weight for layer in layers.values()}
     dense = [parameter for parameter in model.parameters() if parameter not in taken]
     wanted = wanted_beside(model, config) - targets
@@ -197,11 +195,13 @@ def planned_state_bytes(model: nn.Module, config: FactorConfig) -> int:
     return max(sum(2 * numel * size + 4 for numel, size in sizes) for sizes in (later, first))
 
 
-def _factor_sizes(name: str, layer: Any, config: FactorConfig) -> list[tuple[int, int]]:
-    """Number of elements and bytes of each of A, B and a trained scale that a layer would get."""
-    weight: Tensor = layer.weight
-    if problems := rank_problems(config.rank, tuple(weight.shape), name):
-        raise ConfigError(problems[0])
-    size = (getattr(torch, config.factor_dtype) if config.factor_dtype else weight.dtype).itemsize
+def _factor_sizes(weight: Tensor, config: FactorConfig) -> list[tuple[int, int]]:
+    """Number of elements and bytes of each of A, B and a trained scale that a weight would get."""
+    size = (_factor_dtype(config) or weight.dtype).itemsize
     scale = [(1, 4)] if config.trainable_scaling else []
     return [(config.rank * weight.shape[0], size), (config.rank * weight.shape[1], size), *scale]
+
+
+def _factor_dtype(config: FactorConfig) -> torch.dtype | None:
+    """Data type of the factors; None: that of the weights."""
+    return getattr(torch, config.factor_dtype) if config.factor_dtype else None

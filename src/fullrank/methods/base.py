@@ -23,8 +23,8 @@ class Built:
     """
 
     optimizer: torch.optim.Optimizer
-    after_step: Callable[[int], None] | None = None
-    """Called after the n-th optimizer step (n = 1, 2, ...)."""
+    after_step: Callable[[int], object] | None = None
+    """Called after the n-th optimizer step (n = 1, 2, ...); what it returns is of no account."""
     at_step: Callable[[int], None] | None = None
     """Lets train what trains after n optimizer steps (n = 0, 1, ...); called before training starts or goes on."""
     switches: tuple[int, ...] = ()

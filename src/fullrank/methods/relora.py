@@ -44,6 +44,7 @@ from fullrank.factors import (
 from fullrank.factors.quantized import is_quantized
 from fullrank.factors.training import cycles_of, divide, factor_problems, make_optimizer, planned_state_bytes
 from fullrank.methods.base import Built, Method
+from fullrank.ops.seeded import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +218,8 @@ class ReLoRA:
         """Merge all factors, start them again, reset their moments; the model's function stays."""
         merged, reset = Merge(0.0, 0.0), Reset(0, 0)
         for number, pair in enumerate(self.pairs):
-            drawn = torch.Generator().manual_seed(self._seed(number))
-            rounding = torch.Generator(pair.weight.device).manual_seed(self._seed(number))
+            drawn = seeded(self.seed, self.num_steps, number)
+            rounding = seeded(self.seed, self.num_steps, number, device=pair.weight.device)
             merged += pair.merge_(generator=rounding, stochastic=self.merge_rounding == "stochastic")
             pair.reinit_(drawn)
             reset += reset_states(
@@ -244,10 +245,6 @@ class ReLoRA:
                 "weights' type, whose grid is coarser than that. Use longer cycles (restart_every) or a finer base.",
                 stacklevel=4,
             )
-
-    def _seed(self, number: int) -> int:
-        """The seed of one weight's random numbers at the present step."""
-        return ((self.seed * 1_000_003 + self.num_steps) * 1_000_003 + number) % 2**63
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps: everything else follows from it."""
@@ -320,13 +317,9 @@ def build(model: nn.Module, config: ReloraConfig) -> Built:
         seed=config.seed,
         warm_start_only=parts.frozen,
     )
-
-    def after_step(step: int) -> None:
-        relora.after_step(step)
-
     return Built(
         relora.optimizer,
-        after_step=after_step,
+        after_step=relora.after_step,
         at_step=relora.at_step,
         switches=(config.warm_start_steps,) if config.warm_start_steps else (),
         schedule=cycles.schedule,

@@ -29,6 +29,7 @@ from fullrank.adapter import Change, save_adapter
 from fullrank.errors import ConfigError
 from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
+from fullrank.ops.seeded import seeded
 from fullrank.optimizer import AdamConfig, adam_problems, is_number
 from fullrank.sharding import refuse_several_processes
 from fullrank.sparse.given import parse_units
@@ -218,8 +219,7 @@ class SIFT(SparseTraining):
     def _scores(self, part: SparseWeight) -> Tensor:
         """The score of every unit of a weight (flat)."""
         if self.settings["selection"] == "random":
-            seed = (self.settings["seed"] * 1_000_003 + self.weights.index(part)) * 1_000_003 + part.steps
-            generator = torch.Generator().manual_seed(seed % 2**63)
+            generator = seeded(self.settings["seed"], self.weights.index(part), part.steps)
             return torch.rand(part.layout.num_units, generator=generator).to(part.weight.device)
         by = part.weight.detach() if self.settings["selection"] == "magnitude" else part.pending
         assert by is not None

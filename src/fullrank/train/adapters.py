@@ -6,7 +6,6 @@ those that a restart merged into and the embeddings among them, and resumes like
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from fullrank.errors import ConfigError
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
-from fullrank.params import rank_problems
-
-logger = logging.getLogger(__name__)
+from fullrank.ops.seeded import seeded
+from fullrank.weights import plain_names
 
 ADAPTER = "default"
 
@@ -37,10 +34,7 @@ class Adapters:
     """
 
     def __init__(self, model: PreTrainedModel, request: AdapterRequest) -> None:
-        layers = target_layers(model, request.target_modules)
-        for name, layer in layers.items():
-            if problems := rank_problems(request.rank, tuple(layer.weight.shape), name):
-                raise ConfigError(problems[0])
+        layers = target_layers(model, request.target_modules, rank=request.rank)
         config = LoraConfig(
             r=request.rank,
             lora_alpha=cast(int, request.alpha),  # PEFT only divides it: any number will do
@@ -55,7 +49,7 @@ class Adapters:
             dtype = request.dtype or pair.weight.dtype
             for factor in pair.parameters():
                 factor.data = factor.data.to(dtype)
-            pair.reinit_(torch.Generator().manual_seed(request.seed * 1_000_003 + number))
+            pair.reinit_(seeded(request.seed, number))
         if request.trainable_scaling:
             train_scaling(model, ADAPTER)
 
@@ -96,7 +90,8 @@ class Adapters:
     def save_plain(self, folder: Path) -> None:
         """Write the model without its factors, as ``from_pretrained`` loads it."""
         model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
-        state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
+        tensors = model.state_dict()
+        state = {name: tensors[place] for name, place in plain_names(tensors).items()}
         type(model).save_pretrained(model, folder, state_dict=state)
 
     def remove(self) -> None:

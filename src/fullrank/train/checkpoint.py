@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fullrank.errors import CheckpointError
 from fullrank.train.config import RunConfig
+from fullrank.train.model import missing_weights
 from fullrank.train.report import num_processes, versions, write_whole
 from fullrank.weights import CHECKPOINT, MARKER, stored_names
 
@@ -174,8 +175,7 @@ def verify_names(checkpoint: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: If it does not.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if missing := sorted(set(model.state_dict()) - stored_names(checkpoint) - tied):
+    if missing := missing_weights(model, stored_names(checkpoint)):
         raise CheckpointError(
             f"{checkpoint} lacks {len(missing)} weights of the model, first {missing[0]}: other versions wrote it "
             "under other names. Resume with the versions in its fullrank.json."

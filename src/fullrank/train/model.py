@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from fullrank.errors import ConfigError
@@ -268,19 +269,24 @@ def _folded(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
     weights = read_weights(config.name)
     model = _fresh(network, config, seed=0)
     try:
-        report = model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=False)
+        model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=False)
     except RuntimeError as error:
         raise ConfigError(
             f"the weights of {config.name} do not have the shapes that model.overrides {config.overrides} ask for. "
             "Remove those overrides."
         ) from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if missing := sorted(set(report.missing_keys) - tied):
+    if missing := missing_weights(model, set(weights.shapes)):
         raise ConfigError(
             f"the files of {config.name} lack {len(missing)} weights of the model, first {missing[0]}. Remove the "
             "override that asks for them."
         )
     return model
+
+
+def missing_weights(model: nn.Module, names: set[str]) -> list[str]:
+    """The weights of a model that are not among these names, but for those that are tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return sorted(set(model.state_dict()) - names - tied)
 
 
 def _unbuildable(config: ModelConfig, error: Exception) -> ConfigError:

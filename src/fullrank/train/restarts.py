@@ -20,6 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from fullrank.errors import CheckpointError, UnsupportedError
 from fullrank.methods.relora import ReLoRA
 from fullrank.train.callbacks import MethodSteps
+from fullrank.weights import holds_model
 
 FILE = "relora.safetensors"
 
@@ -61,11 +62,12 @@ class ReLoRACallback(MethodSteps):
         """Hand the step on; warn once if the learning rate takes no notice of a restart."""
         super().on_step_end(args, state, control, **kwargs)
         restarted = self.relora.last_restart is not None and self.relora.last_restart.step == self.num_steps
-        rates = [group["lr"] for group in self.relora.optimizer.param_groups]
-        if restarted and self.relora.cycles.restart_warmup_steps and max(rates) > 0 and not self._has_warned:
+        if not restarted or self._has_warned or not self.relora.cycles.restart_warmup_steps:
+            return
+        if (rate := max(group["lr"] for group in self.relora.optimizer.param_groups)) > 0:
             self._has_warned = True
             warnings.warn(
-                f"the learning rate after a restart is {max(rates):g}, and should rise from 0. Give the Trainer "
+                f"the learning rate after a restart is {rate:g}, and should rise from 0. Give the Trainer "
                 "relora.scheduler(...), or relora.jagged(scheduler) for one of your own.",
                 stacklevel=2,
             )
@@ -80,7 +82,7 @@ class ReLoRACallback(MethodSteps):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint, if it holds the adapter alone."""
         folder = _checkpoint(args, state)
-        if state.is_world_process_zero and not holds_whole_model(folder):
+        if state.is_world_process_zero and not holds_model(folder):
             tensors = {f"{pair.name}/{key}": t for pair in self.relora.pairs for key, t in pair.stored().items()}
             tensors |= {name: parameter.detach() for name, parameter in self._beside(kwargs["model"]).items()}
             saved = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -108,7 +110,7 @@ class ReLoRACallback(MethodSteps):
 
     @torch.no_grad()
     def _load(self, folder: Path, model: nn.Module) -> None:
-        if holds_whole_model(folder):
+        if holds_model(folder):
             return
         if not (folder / FILE).is_file():
             raise CheckpointError(
@@ -131,11 +133,6 @@ class ReLoRACallback(MethodSteps):
         for name, parameter in self._beside(model).items():
             _check(name in tensors, folder, name)
             parameter.copy_(tensors[name])
-
-
-def holds_whole_model(checkpoint: Path) -> bool:
-    """Whether a checkpoint has all weights of the model, not those of an adapter alone."""
-    return any(checkpoint.glob("model*.safetensors"))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
