@@ -19,7 +19,8 @@ import yaml
 
 from fullrank import METHODS
 from fullrank.cli import COMMANDS, analyze_flags, export_flags, print_help, split_arguments
-from fullrank.train.resolve import recipe_names, resolve, show_recipe
+from fullrank.train.recipes import recipe_names, show_recipe
+from fullrank.train.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -1,4 +1,4 @@
-"""Bytes: of the optimizer's state as held, of AdamW's beside it, and of the process at its peak."""
+"""Bytes: of gradients, of the optimizer's state as held, of AdamW's beside it, and of the process at its peak."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
                 storage = value.untyped_storage()
                 storages[storage.data_ptr() or id(value)] = storage.nbytes()
     return sum(storages.values())
+
+
+def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the gradients that an optimizer reads at a step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
 
 
 def adamw_state_bytes(model: nn.Module) -> int:

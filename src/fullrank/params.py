@@ -105,6 +105,19 @@ def rank_problems(rank: Any, shape: Sequence[int], name: str) -> list[str]:
     ]
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model of transformers gives a score for each class instead of for each token."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def class_head(model: nn.Module) -> NamedParameters:
+    """The parameters of a sequence-classification model that lie outside its encoder; none for other models."""
+    if not is_classifier(model):
+        return {}
+    encoder = f"{getattr(model, 'base_model_prefix', '')}."
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
+
+
 def _no_match(pattern: str, names: list[str], min_ndim: int) -> str:
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     near = difflib.get_close_matches(pattern, parts, n=5, cutoff=0.3) or parts[:12]

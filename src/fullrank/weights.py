@@ -106,11 +106,11 @@ def weights_folder(folder: str | Path) -> Path:
 
 
 def run_folder(folder: str | Path) -> Path | None:
-    """The run that a folder is of: the run's own, its model or one of its checkpoints; None if of no run."""
+    """The run that a folder is of: its own, its model, adapter or one of its checkpoints; None if of no run."""
     path = Path(folder).absolute()
     if _is_run(path):
         return Path(folder)
-    inside = path.name == "model" or CHECKPOINT.fullmatch(path.name)
+    inside = path.name in ("model", "adapter") or CHECKPOINT.fullmatch(path.name)
     return path.parent if inside and _is_run(path.parent) else None
 
 

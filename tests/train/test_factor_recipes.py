@@ -12,7 +12,8 @@ import torch
 from fullrank.factors import cosine
 from fullrank.factors.training import cycles_of
 from fullrank.methods import METHODS
-from fullrank.train.resolve import resolve, show_recipe
+from fullrank.train.recipes import show_recipe
+from fullrank.train.resolve import resolve
 from tests.train.networks import model_of
 
 LORA_STATES = {"60m": 0.17, "130m": 0.37, "350m": 0.72, "1b": 2.38}

@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 import fullrank
-from fullrank import SIFT
 from fullrank.methods import METHODS
 from fullrank.params import match_parameters
+from fullrank.train.config import GLUE_TASKS
 from fullrank.train.model import PAPER_SIZES
-from fullrank.train.resolve import describe_recipes, recipe_names, resolve, show_recipe
+from fullrank.train.recipes import describe_recipes, recipe_names, show_recipe
+from fullrank.train.resolve import resolve
 from tests.train.networks import model_of
 
 RECIPES = Path(fullrank.__file__).parent / "recipes"
@@ -34,99 +31,30 @@ SIZES_OF = {
     "sift": ("60m",),
 }
 """LoRA: the sizes of GaLore's Table 2. SIFT's paper does not pre-train; it has one recipe in that loop all the same."""
+FINETUNE = {
+    "sift": [f"alpaca-{size}" for size in ("7b", "13b", "30b")] + [f"glue-{task}" for task in GLUE_TASKS],
+    "lora": ["alpaca-7b", "alpaca-13b", "alpaca-30b", "commonsense-7b"],
+    "full": ["alpaca-7b", "alpaca-13b"],
+    "fira": ["commonsense-7b"],
+    "galore": ["commonsense-7b"],
+}
+"""The published runs by method; what they hold is in test_finetune_recipes.py."""
 GIB = 2**30
 FIRA_MEMORY = {"60m": 0.36, "130m": 0.77, "350m": 1.90, "1b": 6.98}
 """Parameters, gradients and states, in the G of arXiv:2410.01623, Table 3."""
 
 
-class Published(NamedTuple):
-    """What the authors' script of a fine-tuning run says, and its first published score."""
-
-    lr: float
-    density: float
-    epochs: int
-    batch: int
-    accumulation: int
-    weight_decay: float
-    warmup: float
-    score: float
-
-
-FINETUNE = {
-    "alpaca-7b": Published(2e-4, 0.05, 3, 4, 32, 0.01, 0.03, 40.7),
-    "alpaca-13b": Published(9e-5, 0.04, 3, 4, 32, 0.01, 0.03, 46.7),
-    "alpaca-30b": Published(8e-5, 0.03, 3, 2, 64, 0.01, 0.03, 55.7),
-    "glue-cola": Published(7e-5, 0.008, 20, 32, 1, 0.1, 0.06, 68.5),
-    "glue-mnli": Published(7e-5, 0.008, 10, 32, 1, 0.1, 0.06, 90.6),
-    "glue-mrpc": Published(7e-5, 0.008, 20, 32, 1, 0.1, 0.06, 90.4),
-    "glue-qnli": Published(5e-5, 0.008, 10, 32, 1, 0.1, 0.06, 94.1),
-    "glue-qqp": Published(7e-5, 0.008, 20, 32, 1, 0.1, 0.06, 91.0),
-    "glue-rte": Published(7e-5, 0.008, 20, 32, 1, 0.1, 0.06, 85.9),
-    "glue-sst2": Published(7e-5, 0.008, 15, 32, 1, 0.1, 0.06, 96.2),
-    "glue-stsb": Published(8e-5, 0.008, 30, 32, 1, 0.1, 0.06, 92.3),
-}
-"""song-wx/SIFT, exp/instruction_finetuning/sparse_*.sh and exp/glue_benchmark/*.sh; scores: Tables 2 and 3."""
-
-LLAMA = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "30b": (6656, 17920, 60, 52)}
-"""Width, intermediate, layers, heads of the pretrained LLaMA (arXiv:2302.13971); what the script calls 30b has 33 B."""
-
-SIFT_ENTRIES = {"alpaca-7b": (0.32, 1e9), "alpaca-13b": (0.5, 1e9), "alpaca-30b": (0.96, 1e9), "glue-cola": (0.8, 1e6)}
-"""Trained entries as the paper prints them, and the unit: without the classifier (Tables 2 and 3)."""
-
-ENTRY_BYTES = {torch.bfloat16: 18, torch.float32: 20}
-"""State of a chosen entry: two moments, its value and its index 4 each, and its first value in the weight's dtype."""
-
 resolved = cache(resolve)
-
-
-@cache
-def meta_pretrained(name: str) -> nn.Module:
-    """The model that a fine-tuning recipe loads, without storage."""
-    dtype = getattr(torch, resolved(f"finetune/{name}-sift").model.dtype)
-    with torch.device("meta"):
-        if name.startswith("glue"):
-            return RobertaForSequenceClassification(
-                RobertaConfig(
-                    vocab_size=50265,
-                    hidden_size=1024,
-                    intermediate_size=4096,
-                    num_hidden_layers=24,
-                    num_attention_heads=16,
-                    max_position_embeddings=514,
-                    type_vocab_size=1,
-                    num_labels={"glue-mnli": 3, "glue-stsb": 1}.get(name, 2),
-                )
-            ).to(dtype)
-        width, intermediate, layers, heads = LLAMA[name.removeprefix("alpaca-")]
-        return LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=width,
-                intermediate_size=intermediate,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                vocab_size=32000,
-            )
-        ).to(dtype)
-
-
-@cache
-def sparse_numbers(name: str) -> tuple[int, int, int]:
-    """Chosen entries, weights that they are in, and numbers that train densely, under a fine-tuning recipe."""
-    method = resolved(f"finetune/{name}-sift").method
-    sift = SIFT(meta_pretrained(name), method.density, method.target_modules, method.exception)
-    entries = sum(values.numel() for values in sift.sparse_mapping.values())
-    counted = entries, len(sift.sparse_mapping), sift.get_trainable_num() - entries
-    sift.detach()
-    return counted
 
 
 def test_all_recipes_are_found() -> None:
     """A file that nobody asked for, or a recipe that is gone, fails here."""
     num_pretrain = sum(len(sizes) for sizes in SIZES_OF.values())
-    assert len(NAMES) == len(list(RECIPES.rglob("*.yaml"))) == 1 + num_pretrain + len(FINETUNE)
+    num_finetune = sum(len(runs) for runs in FINETUNE.values())
+    assert len(NAMES) == len(list(RECIPES.rglob("*.yaml"))) == 1 + num_pretrain + num_finetune
     assert {
         *(f"pretrain/{size}-{method}" for method, sizes in SIZES_OF.items() for size in sizes),
-        *(f"finetune/{name}-sift" for name in FINETUNE),
+        *(f"finetune/{run}-{method}" for method, runs in FINETUNE.items() for run in runs),
         "quickstart",
     } == set(NAMES)
 
@@ -141,7 +69,8 @@ def test_every_method_has_its_sizes() -> None:
 def test_recipe_resolves(name: str) -> None:
     config = resolved(name)
     assert resolve(config.to_dict()) == config, "the resolved file in a run's folder gives the same run"
-    if name.startswith("finetune/"):
+    assert config.command == name.replace("quickstart", "pretrain").partition("/")[0]
+    if config.command == "finetune":
         assert config.model.pretrained
         assert "max_steps" not in config.trainer
     else:
@@ -207,90 +136,6 @@ def test_sift_pretrains_beside_fira() -> None:
     assert not match_parameters(model, patterns)[1], "every weight of the model trains, sparsely or densely"
     planned = METHODS["sift"].state_bytes(model, sift.method)
     assert planned == pytest.approx(METHODS["fira"].state_bytes(model, fira.method), rel=0.01)
-
-
-@pytest.mark.parametrize("name", FINETUNE)
-def test_finetuning_recipe_is_the_papers_setting(name: str) -> None:
-    """Every number of the authors' script that defines the run, and what their programs take by default."""
-    config, published = resolved(f"finetune/{name}-sift"), FINETUNE[name]
-    method, trainer = config.method, config.trainer
-    assert config.method_name == "sift"
-    assert (method.lr, method.density) == (published.lr, published.density)
-    assert method.weight_decay == published.weight_decay
-    assert (method.betas, method.eps) == ((0.9, 0.999), 1e-8), "AdamW of torch, its defaults"
-    assert (method.selection, method.selection_batches, method.scope) == ("gradient", 1, "matrix")
-    assert (method.granularity, method.reselect_every) == ("entry", None)
-    assert trainer["num_train_epochs"] == published.epochs
-    assert trainer["per_device_train_batch_size"] == published.batch
-    assert trainer["gradient_accumulation_steps"] == published.accumulation
-    assert trainer["warmup_steps"] == published.warmup, "a fraction of all steps"
-    assert (trainer["lr_scheduler_type"], trainer["lr_scheduler_kwargs"]) == ("linear", {})
-    assert (trainer["max_grad_norm"], config.seed) == (1.0, 42)
-    assert (config.data.sequence_length, config.data.packing) == (512, False)
-    assert config.data.tokenizer == config.model.name
-    assert f" {published.score} " in show_recipe(f"finetune/{name}-sift")
-    assert "`fullrank finetune`" in show_recipe(f"finetune/{name}-sift"), "it says which command will run it"
-    if name.startswith("glue"):
-        assert (config.model.name, config.model.dtype) == ("FacebookAI/roberta-large", "float32")
-        assert (config.data.name, config.data.subset) == ("nyu-mll/glue", name.removeprefix("glue-"))
-        assert (method.target_modules, method.exception) == (
-            ["query", "key", "value", "attention.output.dense"],
-            ["classifier"],
-        )
-        assert trainer["eval_strategy"] == "epoch"
-    else:
-        assert (config.model.name, config.model.dtype) == (f"huggyllama/llama-{name[7:]}", "bfloat16")
-        assert config.data.name == "tatsu-lab/alpaca"
-        assert {f"{part}_proj" for part in ("q", "k", "v", "o", "down", "gate", "up")} == set(method.target_modules)
-        assert method.exception == []
-        assert trainer["gradient_checkpointing"] == (name == "alpaca-30b")
-        assert trainer["eval_strategy"] == "no"
-
-
-@pytest.mark.parametrize("name", FINETUNE)
-def test_finetuning_state_is_planned(name: str) -> None:
-    """Bytes for each chosen entry and AdamW's for the classifier, whose size the labels decide."""
-    config = resolved(f"finetune/{name}-sift")
-    entries, num_weights, dense = sparse_numbers(name)
-    state = METHODS["sift"].state_bytes(meta_pretrained(name), config.method)
-    dtype = getattr(torch, config.model.dtype)
-    dense_weights = 4 if name.startswith("glue") else 0
-    counters = 4 * (num_weights + dense_weights)
-    assert state == ENTRY_BYTES[dtype] * entries + 2 * dtype.itemsize * dense + counters
-    assert state < METHODS["full"].state_bytes(meta_pretrained(name), METHODS["full"].config())
-
-
-@pytest.mark.parametrize("name", SIFT_ENTRIES)
-def test_sift_trains_the_entries_of_the_paper(name: str) -> None:
-    """The paper's number of trained entries, to the digits that it prints."""
-    entries, num_weights, dense = sparse_numbers(name)
-    printed, unit = SIFT_ENTRIES[name]
-    assert round(entries / unit, len(str(printed)) - 2) == printed
-    if name == "glue-cola":
-        # weights and biases of four matrices a layer, each share rounded down, plus one
-        assert entries == 24 * 4 * (int(0.008 * 1024**2) + 1 + int(0.008 * 1024) + 1)
-        assert num_weights == 24 * 4 * 2
-        assert dense == 1024**2 + 1024 + 2 * 1024 + 2
-    else:
-        assert dense == 0
-
-
-def test_sift_takes_the_memory_of_the_paper() -> None:
-    """Gradient and states of LLaMA-7B at 5% against Table 1 of the paper: 0.626 and 2.51 GiB.
-
-    The paper takes 5% of every weight of the model: of its 12.55 GiB of gradients and 50.21 GiB of float32 moments.
-    But embeddings, norms and head are frozen, so the entries that train, 0.32 B as in its own Table 3, are 5%
-    of 6.48 B, not of 6.74 B: counted as the paper counts, bfloat16 gradients and two float32 moments, ours take 4%
-    less than it prints. What is really held is more: float32 gradients (its code has bfloat16 ones, and bfloat16
-    moments too), the float32 values, the index, and what the entries were at first, which lies on the host.
-    """
-    model, (entries, _, _) = meta_pretrained("alpaca-7b"), sparse_numbers("alpaca-7b")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert 2 * total / GIB == pytest.approx(12.55, abs=0.005), "its bfloat16 weights, and full gradients"
-    assert 2 * 0.05 * total / GIB == pytest.approx(0.626, rel=0.003)
-    assert 8 * 0.05 * total / GIB == pytest.approx(2.51, rel=0.001)
-    assert 2 * entries / GIB == pytest.approx(0.626, rel=0.04)
-    assert 8 * entries / GIB == pytest.approx(2.51, rel=0.04)
 
 
 @pytest.mark.parametrize("size", FIRA_MEMORY)

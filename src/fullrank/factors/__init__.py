@@ -4,7 +4,7 @@ The layers are PEFT's (or the caller's own): nothing here makes one, and nothing
 """
 
 from fullrank.factors.cycles import Cycles, Jagged, Schedule, cosine, jagged_cosine
-from fullrank.factors.find import find_pairs, target_layers, train_scaling
+from fullrank.factors.find import find_pairs, named_factors, target_layers, train_scaling
 from fullrank.factors.pair import LowRankPair, Merge
 from fullrank.factors.states import RESETS, Reset, reset_states
 from fullrank.factors.training import AdapterRequest, FactorConfig
@@ -24,6 +24,7 @@ __all__ = [
     "cosine",
     "find_pairs",
     "jagged_cosine",
+    "named_factors",
     "reset_states",
     "target_layers",
     "train_scaling",

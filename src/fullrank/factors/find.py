@@ -114,6 +114,20 @@ def _pair(name: str, layer: Any, adapter: str) -> LayerPair:
     return LayerPair(weight=weight, **options)
 
 
+def named_factors(model: nn.Module, patterns: Sequence[str], *, rank: int) -> dict[str, nn.Parameter]:
+    """A and B of every LoRA layer by name; of a model without such layers, stand-ins on the meta device."""
+    if next(lora_layers(model), None) is not None:
+        pairs = find_pairs(model)
+        found = {f"{pair.name}.lora_A": pair.a for pair in pairs} | {f"{pair.name}.lora_B": pair.b for pair in pairs}
+        return {name: factor for name, factor in found.items() if isinstance(factor, nn.Parameter)}
+    factors: dict[str, nn.Parameter] = {}
+    for name, layer in target_layers(model, patterns, rank=rank).items():
+        rows, columns = layer.weight.shape  # or the other way round, for Conv1D: the sizes alone count
+        factors[f"{name}.lora_A"] = nn.Parameter(torch.empty(rank, columns, device="meta"))
+        factors[f"{name}.lora_B"] = nn.Parameter(torch.empty(rows, rank, device="meta"))
+    return factors
+
+
 class TanhScaling(dict[str, Any]):
     """What a PEFT layer reads its scale from at every forward pass: here tanh of a trained number."""
 

@@ -16,6 +16,7 @@ from fullrank.factors.cycles import Cycles
 from fullrank.factors.find import find_pairs, lora_layers, target_layers
 from fullrank.factors.pair import LowRankPair
 from fullrank.optimizer import AdamConfig, adam_problems
+from fullrank.params import class_head
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class FactorConfig(AdamConfig):
     train_norms: bool = True
     """Train norms and biases too."""
     train_head: bool = True
-    """Train the language-model head too, full-rank."""
+    """Train the head too, full-rank: that of a language model or of classes."""
     factor_dtype: Literal["float32", "bfloat16"] | None = "float32"
     """Data type of the factors and so of their moments; null: that of the weights."""
     warm_start_steps: int = 0
@@ -135,7 +136,7 @@ def wanted_beside(model: nn.Module, config: FactorConfig) -> set[nn.Parameter]:
     """What trains beside the factors: embeddings, norms (and biases) and head; a tied head if either does."""
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    head = set(output.parameters()) if output is not None else set()
+    head = {*(output.parameters() if output is not None else ()), *class_head(model).values()}
     norms = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     wanted: set[nn.Parameter] = set()
     for parameters, is_wanted in (

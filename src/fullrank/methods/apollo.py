@@ -20,7 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fullrank.methods.base import Built, Method, ProjectionConfig, projected_groups, projection_options
+from fullrank.methods.base import (
+    Built,
+    Method,
+    ProjectionConfig,
+    factor_request,
+    projected_groups,
+    projection_options,
+)
 from fullrank.ops import lowrank, subspace
 from fullrank.projected import MatrixStep, ProjectedAdamW
 
@@ -169,4 +176,4 @@ def _optimizer(model: nn.Module, config: ApolloConfig) -> ApolloAdamW:
     )
 
 
-METHOD = Method("apollo", "2412.05270", ApolloConfig, build, state_bytes)
+METHOD = Method("apollo", "2412.05270", ApolloConfig, build, state_bytes, factor_request)

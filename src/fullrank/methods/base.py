@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fullrank.factors import AdapterRequest, Schedule
+from fullrank.errors import ConfigError
+from fullrank.factors import AdapterRequest, Schedule, named_factors
 from fullrank.optimizer import AdamConfig
-from fullrank.params import divide_params
+from fullrank.params import class_head, divide_params, rank_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ class Method:
     """Makes it from a model and its options; allocates no state, so a model on the meta device will do."""
     state_bytes: Callable[[nn.Module, Any], int]
     """Bytes of optimizer state of a model under its options, before any training; the most there are at a time."""
-    adapters: Callable[[Any], AdapterRequest] | None = None
-    """The LoRA layers that ``build`` expects on the model, from its options. None: the model as it is."""
+    adapters: Callable[[Any], AdapterRequest | None] | None = None
+    """The LoRA layers that ``build`` expects on the model, from its options; None: the model as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +75,57 @@ class ProjectionConfig(AdamConfig):
     """Spread the refreshes of the matrices over the gap, so that no step stands out."""
     state_dtype: Literal["float32", "bfloat16"] | None = "float32"
     """Data type of the low-rank moments; null: that of the weights, which plain ones always have."""
+    lora_rank: int | None = None
+    """Train LoRA's factors of this rank on the target layers instead of the weights, and project those; null: no."""
+    lora_alpha: float = 64.0
+    """Scale of these factors times their rank."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of these factors that is dropped at random."""
     seed: int = 0
     """Seed of random starting directions."""
 
 
-def projected_groups(model: nn.Module, config: ProjectionConfig) -> list[dict[str, Any]]:
-    """The plain and the projected parameter group of a model under these options."""
-    return divide_params(
-        model,
-        config.target_modules,
-        rank=config.rank,
-        update_proj_gap=config.update_proj_gap,
-        alpha=config.alpha,
-        proj_type=config.proj_type,
+def factor_request(config: ProjectionConfig) -> AdapterRequest | None:
+    """The LoRA layers that a projected method asks for under these options."""
+    if config.lora_rank is None:
+        return None
+    return AdapterRequest(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        trainable_scaling=False,
+        dtype=torch.float32,
+        seed=config.seed,
+        keeps_base=True,
     )
+
+
+def projected_groups(model: nn.Module, config: ProjectionConfig) -> list[dict[str, Any]]:
+    """The plain and the projected parameter group of a model under these options.
+
+    With ``lora_rank`` the factors are projected, as in the fine-tuning script of Fira's authors; a fresh head of
+    classes trains plainly beside them, and all else is frozen.
+    """
+    options: dict[str, Any] = {
+        "rank": config.rank,
+        "update_proj_gap": config.update_proj_gap,
+        "alpha": config.alpha,
+        "proj_type": config.proj_type,
+    }
+    if config.lora_rank is None:
+        return divide_params(model, config.target_modules, **options)
+    factors = named_factors(model, config.target_modules, rank=config.lora_rank)
+    for name, factor in factors.items():
+        if problems := rank_problems(config.rank, tuple(factor.shape), name):
+            raise ConfigError(problems[0])
+    head = class_head(model)
+    for parameter in head.values():
+        parameter.requires_grad_(True)  # whoever put the factors on the model froze it
+    return [
+        {"params": list(head.values()), "param_names": list(head)},
+        {"params": list(factors.values()), "param_names": list(factors), **options},
+    ]
 
 
 def projection_options(config: ProjectionConfig) -> dict[str, Any]:

@@ -27,7 +27,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fullrank.methods.base import Built, Method, ProjectionConfig, projected_groups, projection_options
+from fullrank.methods.base import (
+    Built,
+    Method,
+    ProjectionConfig,
+    factor_request,
+    projected_groups,
+    projection_options,
+)
 from fullrank.ops import lowrank
 from fullrank.projected import MatrixStep, ProjectedAdamW, ProjectedOptimizer, ProjectedRMSprop
 
@@ -252,4 +259,4 @@ def _optimizer(model: nn.Module, config: FiraConfig) -> FiraAdamW:
     )
 
 
-METHOD = Method("fira", "2410.01623", FiraConfig, build, state_bytes)
+METHOD = Method("fira", "2410.01623", FiraConfig, build, state_bytes, factor_request)

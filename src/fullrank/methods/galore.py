@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.methods.base import Built, Method, ProjectionConfig, projected_groups, projection_options
+from fullrank.methods.base import (
+    Built,
+    Method,
+    ProjectionConfig,
+    factor_request,
+    projected_groups,
+    projection_options,
+)
 from fullrank.ops import lowrank
 from fullrank.projected import MatrixStep, ProjectedAdamW, ProjectedOptimizer, ProjectedRMSprop
 
@@ -173,4 +180,4 @@ def _optimizer(model: nn.Module, config: GaLoreConfig) -> GaLoreAdamW:
     return GaLoreAdamW(projected_groups(model, config), **projection_options(config))
 
 
-METHOD = Method("galore", "2403.03507", GaLoreConfig, build, state_bytes)
+METHOD = Method("galore", "2403.03507", GaLoreConfig, build, state_bytes, factor_request)

@@ -15,8 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from fullrank.errors import ConfigError
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
 from fullrank.ops.seeded import seeded
+from fullrank.params import is_classifier
 from fullrank.weights import plain_names
 
 ADAPTER = "default"
@@ -82,7 +84,7 @@ class Adapters:
         changes = {
             "modules_to_save": whole or None,
             "bias": "lora_only" if has_bias else "none",
-            "task_type": "CAUSAL_LM",
+            "task_type": "SEQ_CLS" if is_classifier(self.peft.get_base_model()) else "CAUSAL_LM",
         }
         replace(config, inference_mode=True, **changes).save_pretrained(str(folder))
         return sum(path.stat().st_size for path in folder.iterdir())
@@ -99,6 +101,24 @@ class Adapters:
         for pair in self.pairs():
             pair.merge_(stochastic=False)
         self.peft.unload()
+
+
+def merge_saved(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Merge a PEFT adapter from a folder into its base; the plain model comes back.
+
+    Raises:
+        ConfigError: If PEFT cannot put the adapter on this model.
+    """
+    try:
+        with_adapter: Any = PeftModel.from_pretrained(model, folder)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"the adapter in {folder} does not fit the model ({type(model).__name__}): {reason}. Name the base that it "
+            "was trained from."
+        ) from error
+    merged: PreTrainedModel = with_adapter.merge_and_unload()
+    return merged
 
 
 def _last_name(module: str) -> str:

@@ -19,7 +19,7 @@ from fullrank.errors import TrainingError
 from fullrank.memory import peak_memory_bytes
 from fullrank.train.checkpoint import write_marker
 from fullrank.train.config import RunConfig
-from fullrank.train.report import keep_metrics
+from fullrank.train.report import keep_metrics, scores_in
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Recorder(TrainerCallback):
         logs: dict[str, Any] = kwargs.get("logs") or {}
         row: dict[str, Any] = {"step": state.global_step}
         if "eval_loss" in logs:
-            row |= {"eval_loss": logs["eval_loss"], "perplexity": logs["eval_perplexity"]}
+            scores = scores_in(logs)
+            row |= {"eval_loss": scores.pop("loss"), **scores}
         elif "loss" in logs:
             row |= {
                 "loss": logs["loss"],
@@ -177,6 +178,10 @@ class CleanStop(TrainerCallback):
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar with the last values beside it instead of a line for each step."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -185,12 +190,12 @@ class ProgressBar(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss and, once there is one, the validation perplexity."""
+        """Show the loss and, once there is one, the validation perplexity or a task's first metric."""
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            self._loss = f"{logs['loss']:.3f}"
-        if "eval_perplexity" in logs:
-            self._perplexity = f"{logs['eval_perplexity']:.1f}"
-        shown = {"loss": getattr(self, "_loss", "-"), "val ppl": getattr(self, "_perplexity", "-")}
-        self.training_bar.set_postfix(shown)
+            self._shown["loss"] = f"{logs['loss']:.3f}"
+        scores = scores_in(logs)
+        for name in [name for name in scores if name != "loss"][:1]:
+            self._shown[name] = f"{scores[name]:.4g}"
+        self.training_bar.set_postfix(self._shown)

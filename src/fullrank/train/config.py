@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+PYTHON_DOCS = "python-docs"
+"""The text inside this Python installation, as a ``data.name``."""
+TRAINED = "bpe"
+"""A tokenizer trained on the run's own text, as a ``data.tokenizer``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -60,6 +65,73 @@ class DataConfig:
     """Seed of the carved validation set and of the stream's shuffle."""
 
 
+INSTRUCTIONS = "instructions"
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+"""What a fine-tuning run can learn: its ``data.task``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModelConfig(ModelConfig):
+    """The trained network to fine-tune."""
+
+    name: str = ""
+    """Folder or hub name of a trained model; to be given."""
+    pretrained: bool = True
+    """Fine-tuning starts from the weights of `name`: always true."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """What every fine-tuning task is told about its examples."""
+
+    name: str = ""
+    """Files, a folder or a glob of examples, or a hub dataset; to be given."""
+    subset: str | None = None
+    """Configuration of a hub dataset; null: its only one, or the task's of nyu-mll/glue."""
+    validation: str | None = None
+    """Validation examples: a file, folder or glob, or a split of the hub dataset; null: see the task."""
+    max_examples: int | None = None
+    """Training examples at most, chosen at random by `seed`; null: all."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; null: the model's own."""
+    sequence_length: int = 512
+    """Longest example; what is beyond is cut off (tokens)."""
+    seed: int = 42
+    """Seed of what is chosen at random: `max_examples` and a carved validation set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionsConfig(ExamplesConfig):
+    """Examples for a causal language model: instructions, prompts, conversations or text."""
+
+    task: Literal["instructions"] = "instructions"
+    """instructions, or a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte."""
+    split: str = "train"
+    """Training split of a hub dataset."""
+    validation_size: int = 0
+    """Examples carved out for validation where `validation` is null; 0: no validation."""
+    format: Literal["auto", "instruction", "prompt_completion", "messages", "text"] = "auto"
+    """Fields of a row: instruction, input and output; prompt and completion; messages; text. auto: as the first row."""
+    prompt_template: Literal["alpaca", "commonsense", "plain", "chat"] = "alpaca"
+    """How an instruction is put to the model: Alpaca's (SIFT), LLM-Adapters' (Fira), bare, or the tokenizer's own."""
+    text_field: str = "text"
+    """Field of a row that holds its text, for the format text."""
+    train_on_inputs: bool = False
+    """Count the loss on the prompt too; false: on the answer alone."""
+    packing: bool = False
+    """Join whole examples to sequences of `sequence_length`; none sees another's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueConfig(ExamplesConfig):
+    """Examples of a task of GLUE, for a sequence-classification model."""
+
+    task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"] = "sst2"
+    """The task; it decides the fields, the labels and the metric."""
+    name: str = "nyu-mll/glue"
+    """The hub dataset, or a folder of GLUE as it is distributed: TASK/train.tsv and TASK/dev.tsv, or these files."""
+
+
 ELSEWHERE = {
     "learning_rate": "Set method.lr.",
     "weight_decay": "Set method.weight_decay.",
@@ -85,6 +157,9 @@ ELSEWHERE = {
 }
 """TrainingArguments fields that the trainer section does not take, and what to do instead."""
 
+BEST_MODEL = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+"""TrainingArguments fields that say which model a run ends with."""
+
 TRAINER_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -99,12 +174,31 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 """Where a run departs from TrainingArguments' own defaults: the papers' cosine to 10%, every step logged."""
 
 
+FINETUNE_ELSEWHERE = {key: value for key, value in ELSEWHERE.items() if key not in BEST_MODEL}
+"""The same of a fine-tuning run, which may keep its best model."""
+
+FINETUNE_TRAINER_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": {},
+    "logging_steps": 1.0,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "epoch",
+    "eval_steps": 500.0,
+    "save_strategy": "epoch",
+    "save_steps": 500.0,
+    "save_total_limit": 3,
+    "disable_tqdm": False,
+}
+"""Where a fine-tuning run departs from TrainingArguments' own defaults: scored and saved once an epoch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that defines a run; what ``config.yaml`` in its folder holds."""
 
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | InstructionsConfig | GlueConfig
     method_name: str
     method: Any
     """The options of the method, an instance of its own dataclass."""
@@ -112,6 +206,11 @@ class RunConfig:
     """Fields of transformers.TrainingArguments, and total_batch_size."""
     seed: int = 42
     output_dir: str | None = None
+
+    @property
+    def command(self) -> Literal["pretrain", "finetune"]:
+        """The command that makes such a run."""
+        return "pretrain" if isinstance(self.data, DataConfig) else "finetune"
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain, nested values, in the layout of a recipe."""

@@ -27,11 +27,13 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import DataConfig
+from fullrank.train.evaluate import TOKEN_MEAN
+from fullrank.train.prepared import Data
 from fullrank.train.sources import fingerprint
-from fullrank.train.text import load_text
+from fullrank.train.text import load_scored_text, load_text
 from fullrank.train.tokenizer import load_tokenizer
 
-__all__ = ["Collator", "Data", "load_data", "load_tokenizer"]
+__all__ = ["Collator", "Data", "load_data", "load_scored", "load_tokenizer"]
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 _BLOCK = 1_000  # documents that are packed together
@@ -71,24 +73,6 @@ class Collator:
             labels[index, : len(tokens)] = tokens
             attention_mask[index, : len(tokens)] = 1
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run trains and is scored on: rows ``{"input_ids": [...]}``, and how to batch them."""
-
-    train: Dataset | IterableDataset
-    """Training sequences; a stream, already shuffled, if the data is streamed."""
-    validation: Dataset
-    """Validation sequences, the same in every run with the same data section and tokenizer."""
-    collate: Collator
-    """The data collator for both."""
-    description: str
-    """One line for people."""
-    num_train_tokens: int | None
-    """Tokens in one pass over `train`, padding not counted; unknown for a stream."""
-    content_hash: str
-    """Hash of the tokenizer and of the sequences at both ends: another text has another."""
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, cache_dir: Path) -> Data:
@@ -132,6 +116,38 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, cache_d
         description=f"{text.description}: {size}, {len(validation):,} validation sequences",
         num_train_tokens=num_train_tokens,
         content_hash=fingerprint(vocabulary, *_ends(validation), *([] if config.streaming else _ends(train))),
+        scoring=TOKEN_MEAN,
+        padded=not config.packing,
+    )
+
+
+def load_scored(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, cache_dir: Path) -> Data:
+    """Turn the text of ``config.name`` into sequences to score on, with an empty ``train``.
+
+    Args:
+        config: The data section; ``validation_tokens`` limits the size, of the beginning of the text.
+        tokenizer: A tokenizer with an end and a padding token.
+        cache_dir: Folder for what is prepared once and used again.
+
+    Raises:
+        ConfigError: If the text cannot be found or read, or is too little for one sequence.
+    """
+    text = load_scored_text(config, cache_dir=cache_dir)
+    encode = partial(_pack if config.packing else _cut, tokenizer=tokenizer, sequence_length=config.sequence_length)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    key = fingerprint(_FORMAT, text.key, vocabulary, tokenizer.eos_token, config.sequence_length, config.packing)
+    (cache_dir / "tokens").mkdir(parents=True, exist_ok=True)
+    sequences = _sequences(text.validation, encode, cache_file=cache_dir / "tokens" / f"{key}-scored.arrow")
+    validation = _limit(sequences, config)
+    return Data(
+        train=validation.select([]),
+        validation=validation,
+        collate=Collator(config.sequence_length, tokenizer.pad_token_id, config.packing),
+        description=f"{text.description}: {len(validation):,} sequences",
+        num_train_tokens=0,
+        content_hash=fingerprint(vocabulary, *_ends(validation)),
+        scoring=TOKEN_MEAN,
+        padded=not config.packing,
     )
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
+from fullrank.train.prepared import Scoring
+
 
 def sequence_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Sum of next-token losses (nats) and number of target tokens of each sequence (B x 2, float32).
@@ -39,3 +41,7 @@ def token_mean(prediction: EvalPrediction) -> dict[str, float]:
 def perplexity(loss: float) -> float:
     """The exponential of a mean loss in nats per token; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700.0 else math.inf
+
+
+TOKEN_MEAN = Scoring(token_mean, sequence_losses, metric="loss", greater_is_better=False)
+"""The score of every language model."""

@@ -1,83 +1,43 @@
-"""A plain model folder from a base model and what was trained on it."""
+"""A plain model folder from a run, or from a base model and what was trained on it."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from transformers import AutoTokenizer, PreTrainedModel
-
-from fullrank.adapter import SparseAdapter, load_adapter
-from fullrank.errors import ConfigError
 from fullrank.train.folders import refuse_unusable
+from fullrank.train.load import load_trained
 from fullrank.train.report import megabytes
 
-DTYPES = ("float32", "bfloat16", "float16")
 
-
-def export(model: str, adapter: str, output_dir: str, *, dtype: str | None = None) -> str:
-    """Merge an adapter into its base and write the result as ``save_pretrained`` does, with the tokenizer.
+def export(model: str, output_dir: str, *, adapter: str | None = None, dtype: str | None = None) -> str:
+    """Write a trained model as ``save_pretrained`` does, adapter merged, with its tokenizer.
 
     Args:
-        model: Folder or hub name of the base.
-        adapter: Folder of the adapter, as ``SIFT.save_adapter`` writes it.
+        model: A run's folder or one of its checkpoints, a model's folder or hub name; with an adapter, its base.
         output_dir: Folder to write; it must not hold anything yet.
-        dtype: Data type of the weights in the result; None: that of the base's files.
+        adapter: Folder of an adapter: ``adapter/`` of a run, what PEFT saved, or what ``SIFT.save_adapter`` wrote.
+        dtype: Data type of the weights in the result; None: that of the model's files.
 
     Returns:
         A line that says what was written.
 
     Raises:
-        ConfigError: If the output folder is not empty, the base cannot be loaded or is not the adapter's.
+        ConfigError: If the output folder is not empty, the model cannot be loaded or is not the adapter's base.
         CheckpointError: If the adapter is damaged.
     """
     folder = Path(output_dir)
     refuse_unusable(folder, remedy="Choose another.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if (Path(adapter) / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{adapter} is a PEFT adapter. Take model/ of the run that wrote it, where it is merged already, or merge "
-            "it by PEFT: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
-        )
-    trained = load_adapter(adapter)
-    base = load_base(model, trained)
-    trained.apply(base)
-    if dtype is not None:
-        base.to(getattr(torch, dtype))
-    base.save_pretrained(folder)
-    try:
-        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
-        tokenizer = "with its tokenizer"
-    except (OSError, ValueError):
-        tokenizer = "without a tokenizer: the base has none"
-    size = sum(path.stat().st_size for path in Path(adapter).iterdir() if path.suffix == ".safetensors")
+    loaded = load_trained(model, adapter=adapter, dtype=dtype)
+    loaded.model.save_pretrained(folder)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    tokenizer = "with its tokenizer" if loaded.tokenizer is not None else "without a tokenizer: there is none beside it"
+    size = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
+    merged = ""
+    if adapter is not None:
+        files = sum(path.stat().st_size for path in Path(adapter).iterdir() if path.suffix == ".safetensors")
+        merged = f"; an adapter of {megabytes(files)} is merged"
     return (
-        f"{folder}: {type(base).__name__} in {str(base.dtype).removeprefix('torch.')}, {tokenizer}; the adapter's "
-        f"{trained.num_entries:,} entries take {megabytes(size)}, the model "
-        f"{megabytes(sum(p.numel() * p.element_size() for p in base.parameters()))}"
+        f"{folder}: {type(loaded.model).__name__} in {str(loaded.model.dtype).removeprefix('torch.')}, "
+        f"{megabytes(size)}, {tokenizer}{merged}"
     )
-
-
-def load_base(name: str, adapter: SparseAdapter) -> PreTrainedModel:
-    """The base of an adapter, in the class that it was trained in."""
-    about = adapter.description["model"]
-    kind: Any = getattr(transformers, str(about["architecture"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ConfigError(
-            f"the adapter was trained on a {about['architecture']}, which transformers {transformers.__version__} does "
-            "not have. Apply it in Python: load_adapter(folder).apply(model)."
-        )
-    labels = {"num_labels": about["num_labels"]} if about.get("num_labels") and adapter.dense else {}
-    try:
-        base: PreTrainedModel = kind.from_pretrained(
-            name, dtype="auto", use_safetensors=True, trust_remote_code=False, **labels
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        hint = "Its weights must be safetensors." if os.path.isdir(name) else "Without a network, name a local folder."
-        raise ConfigError(f"model {name} cannot be loaded as a {kind.__name__}: {reason}. {hint}") from error
-    return base

@@ -103,8 +103,8 @@ def build_model(
     Raises:
         ConfigError: If the name, an override, the vocabulary or the length cannot work.
     """
-    network = _network_config(config, vocab_size=vocab_size)
-    _fit_length(network, config, sequence_length=sequence_length)
+    network = network_config(config, vocab_size=vocab_size)
+    fit_length(network, config, sequence_length=sequence_length)
     # an embedding's padding row gets no gradient: an end token that doubles as padding would never be learned
     network.pad_token_id = None if pad_token_id == eos_token_id else pad_token_id
     network.eos_token_id = eos_token_id
@@ -116,7 +116,7 @@ def build_model(
     return model
 
 
-def _network_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig:
+def network_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig:
     """Dimensions of the network with the overrides applied and the vocabulary settled."""
     for key in config.overrides:
         if key in _SET_ELSEWHERE:
@@ -171,7 +171,7 @@ def _named_config(config: ModelConfig, *, vocab_size: int) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name {config.name!r} is not a size of the papers, nor a folder with a config.json, nor a "
-            f"model the hub gives us ({_first_line(error)}). {hint} Without a network, name a local folder."
+            f"model the hub gives us ({first_line(error)}). {hint} Without a network, name a local folder."
         ) from error
     if not hasattr(base, "vocab_size"):
         raise ConfigError(f"model {config.name} ({base.model_type}) has no vocabulary. Name a causal language model.")
@@ -191,7 +191,7 @@ def _check_overrides(config: ModelConfig, *, known: dict[str, Any]) -> None:
             raise ConfigError(f"model.overrides has {key!r}, which model {config.name} does not know. {remedy}")
 
 
-def _fit_length(network: PreTrainedConfig, config: ModelConfig, *, sequence_length: int) -> None:
+def fit_length(network: PreTrainedConfig, config: ModelConfig, *, sequence_length: int) -> None:
     """Check the longest position against the data; a fresh model without an explicit bound grows to fit."""
     bound = getattr(network, "max_position_embeddings", None)
     if bound is None or sequence_length <= bound:
@@ -219,7 +219,7 @@ def _fresh(network: PreTrainedConfig, config: ModelConfig, *, seed: int) -> PreT
                 trust_remote_code=False,
             )
         except (ValueError, TypeError, ImportError, RuntimeError, ArithmeticError) as error:
-            raise _unbuildable(config, error) from error
+            raise unbuildable(config, error) from error
     for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay in float32
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -244,7 +244,7 @@ def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedMod
         )
     except OSError as error:
         raise ConfigError(
-            f"model {config.name} has no weights in safetensors files ({_first_line(error)}). Save it with "
+            f"model {config.name} has no weights in safetensors files ({first_line(error)}). Save it with "
             "save_pretrained, or set model.pretrained to false."
         ) from error
     except RuntimeError as error:  # transformers has logged which weights
@@ -253,7 +253,7 @@ def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedMod
             "Remove those overrides, or set model.pretrained to false."
         ) from error
     except (ValueError, ImportError) as error:
-        raise _unbuildable(config, error) from error
+        raise unbuildable(config, error) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(
@@ -289,14 +289,14 @@ def missing_weights(model: nn.Module, names: set[str]) -> list[str]:
     return sorted(set(model.state_dict()) - names - tied)
 
 
-def _unbuildable(config: ModelConfig, error: Exception) -> ConfigError:
+def unbuildable(config: ModelConfig, error: Exception) -> ConfigError:
     """The error for a model that transformers refuses to construct."""
     return ConfigError(
         f"transformers cannot build {config.name} with model.overrides {config.overrides} and "
-        f"model.attn_implementation {config.attn_implementation}: {_first_line(error)} Change what it names."
+        f"model.attn_implementation {config.attn_implementation}: {first_line(error)} Change what it names."
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of a library's message: the rest is its own advice, not ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,9 @@ import torch
 
 PACKAGES = ("fullrank", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What a Trainer adds to its scores."""
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
@@ -66,6 +69,12 @@ def is_score(row: dict[str, Any], step: int) -> bool:
     return "eval_loss" in row and row["step"] == step
 
 
+def scores_in(logs: dict[str, Any]) -> dict[str, float]:
+    """The metrics in what a Trainer logs of an evaluation, by their plain names; no timings."""
+    named = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in TIMINGS}
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
@@ -82,8 +91,8 @@ def median_step_time(folder: Path) -> float | None:
     return statistics.median(times) if times else None
 
 
-def draw_loss(folder: Path, *, title: str) -> Path:
-    """Draw ``loss.png``: training and validation loss (nats per token) against optimizer steps."""
+def draw_loss(folder: Path, *, title: str, unit: str) -> Path:
+    """Draw ``loss.png``: training and validation loss, in a unit to be named, against optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -95,10 +104,11 @@ def draw_loss(folder: Path, *, title: str) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([s for s, _ in train], [v for _, v in train], color="#9db4d0", linewidth=1, label="train")
-    axes.plot(
-        [s for s, _ in held_out], [v for _, v in held_out], "o-", color="#c0392b", markersize=4, label="validation"
-    )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    if held_out:
+        axes.plot(
+            [s for s, _ in held_out], [v for _, v in held_out], "o-", color="#c0392b", markersize=4, label="validation"
+        )
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -114,23 +124,32 @@ def summary(result: dict[str, Any]) -> str:
     peak = result["optimizer_state_peak_bytes"]
     at_most = f", {megabytes(peak)} in its warm start" if peak > state else ""
     folders = [name for name in ("model/", "adapter/", "warm_start/") if (Path(result["folder"]) / name).is_dir()]
-    before = result["perplexity_before"]
     adapter = result.get("adapter_bytes")
-    start = f"{before:,.1f} before, " if before is not None else ""
+    sample = result["sample"]
     return "\n".join(
         [
             "",
-            f"validation perplexity  {start}{result['perplexity']:,.2f} after "
-            f"{result['steps']:,} steps ({result['tokens']:,} tokens)",
+            f"{score_words(result)} {result['steps']:,} steps ({result['tokens']:,} tokens)",
             f"optimizer state        {megabytes(state)} with {result['method']}{at_most}; {megabytes(adamw)} with "
             f"AdamW ({state / adamw:.0%})",
             *([f"adapter                {megabytes(adapter)}: what training changed"] if adapter else []),
             f"step time              {(result['step_time_median_s'] or 0.0) * 1000:,.0f} ms (median)",
-            f"sample                 {result['sample']!r}",
+            *([f"sample                 {sample!r}"] if sample is not None else []),
             f"files                  {result['folder']} ({', '.join(folders)}, metrics.jsonl, result.json, loss.png, "
             "config.yaml)",
         ]
     )
+
+
+def score_words(result: dict[str, Any]) -> str:
+    """How the model was scored before and after, as the start of a line; perplexity of a language model."""
+    before, after = result["scores_before"], result["scores"]
+    metric = "perplexity" if "perplexity" in after else result["metric"]
+    if metric not in after:
+        return "not scored             after"
+    start = f"{before[metric]:,.4g} before, " if metric in before else ""
+    kept = f", kept from step {result['kept_step']:,}" if result["kept_step"] != result["steps"] else ""
+    return f"{'validation ' + metric:<22} {start}{after[metric]:,.4g} after{kept}"
 
 
 def megabytes(count: int) -> str:

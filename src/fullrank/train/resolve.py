@@ -6,12 +6,10 @@ adds what it leaves out: all errors together, the nearest valid key, and the cha
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,14 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
-from fullrank.train.config import ELSEWHERE, TRAINER_DEFAULTS, DataConfig, ModelConfig, RunConfig
+from fullrank.train.config import ELSEWHERE, FINETUNE_ELSEWHERE, INSTRUCTIONS, GlueConfig, RunConfig
+from fullrank.train.kinds import TASK, Command, Kind, kind_of
+from fullrank.train.recipes import load_recipe, nearest
 
 logger = logging.getLogger(__name__)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig}
 TOP_LEVEL = ("seed", "output_dir")
 LEAST = {
     "per_device_train_batch_size": 1,
@@ -40,91 +39,55 @@ LEAST = {
 LARGEST_SEED = 2**32 - 1
 EXAMPLES = {"model": "name", "data": "name", "method": "name", "trainer": "max_steps"}
 """The sections of a recipe, each with one of its fields."""
-RECIPES = resources.files("fullrank") / "recipes"
 DEFAULT_RECIPE = "quickstart"
 Given = list[tuple[str, Any]]
 """Dotted key and value; a value from the command line is a string still to be read."""
 
 
 def resolve(
-    recipe: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    command: Command | None = None,
 ) -> RunConfig:
     """The configuration of a run.
 
     Args:
         recipe: Name of a packaged recipe (``pretrain/60m-fira``), path of a YAML file, or its content;
-            None is the ``quickstart`` recipe.
+            None is the ``quickstart`` recipe, and nothing for fine-tuning.
         overrides: Dotted keys (``method.rank``) and values; a string is read as YAML.
+        command: What the run is to do; None: what the recipe describes.
 
     Raises:
         ConfigError: Lists every unknown key (with the nearest valid one), wrong type and contradiction.
     """
-    content = recipe if isinstance(recipe, Mapping) else load_recipe(recipe or DEFAULT_RECIPE)
     overrides = dict(overrides or {})
+    if recipe is None:
+        recipe = {} if command == "finetune" else DEFAULT_RECIPE
+    content = recipe if isinstance(recipe, Mapping) else load_recipe(recipe)
     base = dict(flatten(content))
+    described: Command = "finetune" if TASK in base else "pretrain"
+    if command is not None and base and described != command:
+        raise ConfigError(_other_command(recipe, described, command))
+    kind = kind_of(command or described, base, overrides)
     for length, other in (
         ("trainer.num_train_epochs", "trainer.max_steps"),
         ("trainer.max_steps", "trainer.num_train_epochs"),
     ):
         if length in overrides and other not in overrides:
             base.pop(other, None)  # the length asked for last wins
-    name = str(overrides.get("method.name", base.get("method.name", "fira")))
-    for asked in (name, str(base.get("method.name", name))):
-        if asked not in METHODS:
-            known = ", ".join(METHODS)
-            raise ConfigError(f"method.name must be one of {known}, got {asked!r}.{nearest(asked, METHODS)}")
-    if name != base.get("method.name", name):
-        base = _switch_method(base, name, keep_lr="method.lr" in overrides)
-    base["method.name"] = overrides["method.name"] = name
-    return _check({**base, **overrides}, name)
+    if kind.method != base.get("method.name", kind.method):
+        base = _switch_method(base, kind.method, keep_lr="method.lr" in overrides)
+    base["method.name"] = overrides["method.name"] = kind.method
+    return _check({**kind.defaults(), **base, **overrides}, kind)
 
 
-def load_recipe(name: str | Path) -> dict[str, Any]:
-    """The content of a packaged recipe or of a YAML file."""
-    path = Path(name)
-    text: str | None = None
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{name} cannot be read as a recipe: {error}. Give a YAML file.") from None
-    if text is None:
-        packaged = RECIPES / f"{name}.yaml"
-        if not packaged.is_file():
-            raise ConfigError(
-                f"no recipe and no file named {str(name)!r}.{nearest(str(name), recipe_names())} "
-                "`fullrank recipes` lists the packaged ones."
-            )
-        text = packaged.read_text(encoding="utf-8")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}. Mend the line it names.") from None
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise ConfigError(f"{name} must hold sections such as model: and data:, it holds {found}.")
-    return content
-
-
-def recipe_names() -> list[str]:
-    """Names of all packaged recipes."""
-    root = Path(str(RECIPES))
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-
-
-def show_recipe(name: str) -> str:
-    """The text of a packaged recipe, comments and all."""
-    packaged = RECIPES / f"{name}.yaml"
-    if name not in recipe_names():
-        raise ConfigError(f"no packaged recipe {name!r}.{nearest(name, recipe_names())}")
-    return packaged.read_text(encoding="utf-8")
-
-
-def describe_recipes() -> str:
-    """A line a recipe: its name, and the first line of its comment."""
-    names = recipe_names()
-    width = max(map(len, names))
-    return "\n".join(f"{name:<{width}}  {show_recipe(name).splitlines()[0].lstrip('# ')}" for name in names)
+def _other_command(recipe: Any, described: Command, command: Command) -> str:
+    """The error for a recipe that another command runs."""
+    words = {"pretrain": "pre-training", "finetune": "fine-tuning"}
+    name = "the recipe" if isinstance(recipe, Mapping) else recipe
+    missing = f" It has no {TASK}." if command == "finetune" else ""
+    return f"{name} describes a {words[described]} run.{missing} Start it by: fullrank {described} --config {name}"
 
 
 def flatten(content: Mapping[str, Any]) -> Given:
@@ -140,10 +103,10 @@ def flatten(content: Mapping[str, Any]) -> Given:
     return given
 
 
-def build_parser(method: str) -> ArgumentParser:
-    """The parser of a run with this method: its sections are exactly what such a run can be told."""
+def build_parser(kind: Kind) -> ArgumentParser:
+    """The parser of a run of this kind: its sections are exactly what such a run can be told."""
     parser = ArgumentParser(exit_on_error=False, add_help=False)
-    for section, config in {**SECTIONS, "method": METHODS[method].config}.items():
+    for section, config in kind.sections().items():
         parser.add_class_arguments(config, section)
     parser.add_argument("--seed", type=int, default=42, help="Seed of weights, data order and sampling.")
     parser.add_argument("--output_dir", type=str | None, default=None, help="Run folder; default: runs/<method>-N.")
@@ -152,27 +115,22 @@ def build_parser(method: str) -> ArgumentParser:
 
 @cache
 def trainer_parser() -> ArgumentParser:
-    """The parser of the trainer section: every field of TrainingArguments that no other section owns."""
+    """The parser of the trainer section: every field of TrainingArguments, of which `Kind.elsewhere` takes some."""
     from transformers import TrainingArguments
 
     parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_class_arguments(TrainingArguments, None, skip=set(ELSEWHERE), fail_untyped=False)
+    skip = set(ELSEWHERE) & set(FINETUNE_ELSEWHERE)
+    parser.add_class_arguments(TrainingArguments, None, skip=skip, fail_untyped=False)
     parser.add_argument("--total_batch_size", type=int | None, help="Sequences per optimizer step over all devices.")
     return parser
 
 
-def known_keys(method: str) -> list[str]:
-    """Every dotted key that a run with this method can be told."""
-    sections = {**SECTIONS, "method": METHODS[method].config}
-    keys = [f"{section}.{field.name}" for section, config in sections.items() for field in fields(config)]
-    trainer = [f"trainer.{action.dest}" for action in trainer_parser()._actions if action.dest != "help"]
+def known_keys(kind: Kind) -> list[str]:
+    """Every dotted key that a run of this kind can be told."""
+    keys = [f"{section}.{field.name}" for section, config in kind.sections().items() for field in fields(config)]
+    actions = [action.dest for action in trainer_parser()._actions if action.dest != "help"]
+    trainer = [f"trainer.{name}" for name in actions if name not in kind.elsewhere()]
     return [*keys, *trainer, "method.name", *TOP_LEVEL]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean ...?`` or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _switch_method(base: dict[str, Any], name: str, *, keep_lr: bool) -> dict[str, Any]:
@@ -191,15 +149,15 @@ def _switch_method(base: dict[str, Any], name: str, *, keep_lr: bool) -> dict[st
     return {key: value for key, value in base.items() if key not in dropped}
 
 
-def _check(given: dict[str, Any], method: str) -> RunConfig:
+def _check(given: dict[str, Any], kind: Kind) -> RunConfig:
     """Parse every value by the type of its key; collect what is wrong and say it together."""
-    known = known_keys(method)
-    parser, problems = build_parser(method), []
+    known, elsewhere = known_keys(kind), kind.elsewhere()
+    parser, problems = build_parser(kind), []
     values: dict[str, Any] = {}
     for key, value in _fold_nested(given, known).items():
         section, _, name = key.partition(".")
-        if section == "trainer" and name in ELSEWHERE:
-            problems.append(f"{key} cannot be set here. {ELSEWHERE[name]}")
+        if section == "trainer" and name in elsewhere:
+            problems.append(f"{key} cannot be set here. {elsewhere[name]}")
         elif key not in known:
             problems.append(f"unknown key {key}.{nearest(key, known)}")
         elif key != "method.name":
@@ -208,28 +166,52 @@ def _check(given: dict[str, Any], method: str) -> RunConfig:
                 values[key] = _parse(owner, inner, value)
             except ArgumentError as error:
                 problems.append(_one_line(error, key, value))
-    sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "method": {}, "trainer": dict(TRAINER_DEFAULTS)}
+    sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "method": {}, "trainer": kind.trainer_defaults()}
     for key, value in values.items():
         section, _, name = key.partition(".")
         if name:
             sections[section][name] = value
-    trainer = sections["trainer"]
-    if trainer["lr_scheduler_type"] != TRAINER_DEFAULTS["lr_scheduler_type"]:
+    trainer, defaults = sections["trainer"], kind.trainer_defaults()
+    if trainer["lr_scheduler_type"] != defaults["lr_scheduler_type"]:
         trainer["lr_scheduler_kwargs"] = values.get("trainer.lr_scheduler_kwargs") or {}  # the default's are its own
     for key in ("seed", "data.seed"):
         if not 0 <= values.get(key, 0) <= LARGEST_SEED:
             problems.append(f"{key} must be between 0 and {LARGEST_SEED}, got {values[key]}.")
     problems += _contradictions(trainer, streaming=bool(sections["data"].get("streaming")))
+    problems += _finetune_problems(sections) if kind.task else []
     if problems:
         raise ConfigError("\n".join(problems))
+    classes = kind.sections()
     return RunConfig(
-        model=ModelConfig(**sections["model"]),
-        data=DataConfig(**sections["data"]),
-        method_name=method,
-        method=METHODS[method].config(**sections["method"]),
+        model=classes["model"](**sections["model"]),
+        data=classes["data"](**sections["data"]),
+        method_name=kind.method,
+        method=classes["method"](**sections["method"]),
         trainer=trainer,
         **{key: values[key] for key in TOP_LEVEL if key in values},
     )
+
+
+def _finetune_problems(sections: dict[str, dict[str, Any]]) -> list[str]:
+    """What a fine-tuning run lacks, or is told in vain."""
+    model, data, trainer = sections["model"], sections["data"], sections["trainer"]
+    problems = []
+    if not model.get("name"):
+        problems.append("model.name must name a trained model. Set it to its folder or hub name.")
+    if not model.get("pretrained", True):
+        problems.append("model.pretrained must be true: fine-tuning starts from a trained model. Leave it out.")
+    if not data.get("name", GlueConfig.name if data[TASK.partition(".")[2]] != INSTRUCTIONS else ""):
+        problems.append("data.name must name the examples. Set it to a file, a folder, a glob or a hub dataset.")
+    for key, least in (("sequence_length", 2), ("max_examples", 1), ("validation_size", 0)):
+        if data.get(key) is not None and data[key] < least:
+            problems.append(f"data.{key} must be at least {least}, got {data[key]}.")
+    evals, saves = (_strategy(trainer, f"{kind}_strategy", "steps") for kind in ("eval", "save"))
+    if trainer.get("load_best_model_at_end") and (evals != saves or evals == "no"):
+        problems.append(
+            f"trainer.load_best_model_at_end needs every score to be saved with its model, but eval_strategy is {evals}"
+            f" and save_strategy {saves}. Set both to epoch (or to steps), or turn it off."
+        )
+    return problems
 
 
 def _fold_nested(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
@@ -298,15 +280,26 @@ def _contradictions(trainer: dict[str, Any], *, streaming: bool) -> list[str]:
     return problems + _logging_problems(trainer)
 
 
+def _strategy(trainer: dict[str, Any], key: str, default: str) -> str:
+    """A strategy by its name, however it was given."""
+    value = trainer.get(key, default)
+    return str(getattr(value, "value", value))
+
+
 def _logging_problems(trainer: dict[str, Any]) -> list[str]:
     """Logging in whole steps that saving falls on: else a resumed run would log other averages."""
     every, save = trainer["logging_steps"], trainer["save_steps"]
-    strategy = getattr(trainer.get("logging_strategy"), "value", trainer.get("logging_strategy", "steps"))
+    strategy, saves = (_strategy(trainer, f"{kind}_strategy", "steps") for kind in ("logging", "save"))
     if strategy != "steps":
         return [f"trainer.logging_strategy must be steps, got {strategy}. Set trainer.logging_steps."]
     if every < 1 or every != int(every):
         return [f"trainer.logging_steps must be a whole number of optimizer steps, at least 1, got {every:g}."]
-    if save >= 1 and save % every:
+    if saves == "epoch" and every > 1:
+        return [
+            f"trainer.logging_steps must be 1 where trainer.save_strategy is epoch, got {every:g}, so that a resumed "
+            "run logs the same averages."
+        ]
+    if saves == "steps" and save >= 1 and save % every:
         return [
             f"trainer.save_steps must be a multiple of trainer.logging_steps ({every:g}), got {save:g}, "
             "so that a resumed run logs the same averages."

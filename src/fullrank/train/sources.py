@@ -23,12 +23,11 @@ from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from fullrank.errors import ConfigError
-from fullrank.train.config import DataConfig
+from fullrank.train.config import PYTHON_DOCS, DataConfig, InstructionsConfig
 from fullrank.train.pythondocs import write_python_docs
 
 logger = logging.getLogger(__name__)
 
-PYTHON_DOCS = "python-docs"
 KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffix of a local file -> its reader; each also with .gz behind it."""
 
@@ -55,7 +54,7 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def find_source(config: DataConfig, *, cache_dir: Path) -> Source:
+def find_source(config: DataConfig | InstructionsConfig, *, cache_dir: Path) -> Source:
     """Decide whether ``config.name`` is the Python documentation, local files, or a hub dataset."""
     if config.name == PYTHON_DOCS:
         return Source(name=PYTHON_DOCS, files=(write_python_docs(cache_dir),))
@@ -66,6 +65,30 @@ def find_source(config: DataConfig, *, cache_dir: Path) -> Source:
     return Source(name=config.name, subset=config.subset, split=config.split)
 
 
+def find_validation(name: str, config: DataConfig | InstructionsConfig, source: Source) -> Source:
+    """Find the validation data that ``config.validation``, here `name`, names beside the training data of `source`.
+
+    Raises:
+        ConfigError: If it is part of the training data, or there is no such file.
+    """
+    # beside a hub dataset a bare word is a split, even where a folder is called so
+    if source.files or is_text_file(name) or "/" in name:
+        files = find_files(name, setting="data.validation")
+        both = set(files) & set(source.files)
+        if both:
+            raise ConfigError(
+                f"{min(both)} is in data.name ({config.name}) and in data.validation ({name}): the "
+                "model would be scored on its training text. Narrow data.name, for example to train*.jsonl."
+            )
+        return Source(name=name, files=files)
+    if name == config.split:
+        raise ConfigError(
+            f"data.validation and data.split are both {config.split!r}: the model would be scored on its "
+            "training text. Name another split, or leave data.validation out to carve one."
+        )
+    return Source(name=config.name, subset=config.subset, split=name)
+
+
 def _looks_local(name: str) -> bool:
     """Whether a name can only be a path: it exists, it has wildcards, or no hub name is written like it."""
     path = Path(name).expanduser()
@@ -74,11 +97,11 @@ def _looks_local(name: str) -> bool:
 
 def is_text_file(name: str) -> bool:
     """Whether a name ends as a file we can read does."""
-    return _kind(Path(name)) is not None
+    return kind_of(Path(name)) is not None
 
 
-def _kind(path: Path) -> str | None:
-    """The reader for a file, by its suffix."""
+def kind_of(path: Path) -> str | None:
+    """The reader for a file, by its suffix; None if there is none."""
     return KINDS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
 
 
@@ -96,13 +119,13 @@ def find_files(name: str, *, setting: str) -> tuple[Path, ...]:
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [f for f in path.rglob("*") if _kind(f) and not f.name.startswith(".")]
+        found = [f for f in path.rglob("*") if kind_of(f) and not f.name.startswith(".")]
     else:
         found = [Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
     files = sorted(f.resolve() for f in found)
     if not files:
         raise ConfigError(f"{setting} {name} has no file to read. {_nearby(path)}")
-    kinds = {_kind(f) for f in files}
+    kinds = {kind_of(f) for f in files}
     if None in kinds or len(kinds) > 1:
         suffixes = ", ".join(sorted({"".join(f.suffixes[-2:]) for f in files}))
         raise ConfigError(
@@ -130,13 +153,7 @@ def read_documents(
     Raises:
         ConfigError: If it cannot be read, is empty, or lacks the text field.
     """
-    try:
-        rows = _open(source, cache_dir=cache_dir / "datasets", streaming=streaming)
-        first: dict[str, Any] = next(iter(rows))
-    except StopIteration:
-        raise ConfigError(f"{source.name} is empty. Name a source that holds text.") from None
-    except (OSError, ValueError, DatasetsError) as error:
-        raise _unreadable(source, error) from error
+    rows, first = open_rows(source, cache_dir=cache_dir, streaming=streaming)
     field = "text" if source.name == PYTHON_DOCS else config.text_field
     if field not in first:
         fields = ", ".join(first)
@@ -148,6 +165,23 @@ def read_documents(
     return rows if field == "text" else rows.rename_column(field, "text")
 
 
+def open_rows(
+    source: Source, *, cache_dir: Path, streaming: bool = False
+) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
+    """Open a source with all its fields, and look at the first row.
+
+    Raises:
+        ConfigError: If it cannot be read, or is empty.
+    """
+    try:
+        rows = _open(source, cache_dir=cache_dir / "datasets", streaming=streaming)
+        return rows, next(iter(rows))
+    except StopIteration:
+        raise ConfigError(f"{source.name} is empty. Name a source that holds text.") from None
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+
+
 def _open(source: Source, *, cache_dir: Path, streaming: bool) -> Dataset | IterableDataset:
     """Read a source with `datasets`; one call for local tables and the hub."""
     if not source.files:
@@ -155,7 +189,7 @@ def _open(source: Source, *, cache_dir: Path, streaming: bool) -> Dataset | Iter
             source.name, source.subset, split=source.split, streaming=streaming, cache_dir=str(cache_dir)
         )
     paths = [str(f) for f in source.files]
-    kind = _kind(source.files[0])
+    kind = kind_of(source.files[0])
     if kind != "text":
         # escaped: `datasets` would read brackets in a path as a pattern
         data_files = [glob.escape(p) for p in paths]

@@ -14,14 +14,12 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 
 from fullrank.errors import ConfigError
-from fullrank.train.config import DataConfig
+from fullrank.train.config import PYTHON_DOCS, DataConfig
 from fullrank.train.sources import (
-    PYTHON_DOCS,
     Source,
-    find_files,
     find_source,
+    find_validation,
     fingerprint,
-    is_text_file,
     read_documents,
 )
 
@@ -74,6 +72,24 @@ def load_text(config: DataConfig, *, cache_dir: Path) -> Text:
     return Text(train=train, validation=validation, key=key, description=description)
 
 
+def load_scored_text(config: DataConfig, *, cache_dir: Path) -> Text:
+    """Read the text of ``config.name`` to score on: nothing is carved out of it, and nothing is trained on.
+
+    Args:
+        config: The data section; of ``validation_tokens`` the beginning of the text is kept.
+        cache_dir: Folder for what is prepared once and used again.
+
+    Raises:
+        ConfigError: If the text cannot be found or read, or has no such field.
+    """
+    _check(config)
+    source = find_source(config, cache_dir=cache_dir)
+    rows = read_documents(source, config, cache_dir=cache_dir, streaming=config.streaming)
+    documents = _head(rows, config)
+    key = fingerprint("scored", source.stamp, config.text_field, config.validation_tokens)
+    return Text(train=documents.select([]), validation=documents, key=key, description=source.name)
+
+
 def _find_validation(config: DataConfig, source: Source) -> Source | None:
     """The named validation text, or none if it is to be carved from the training text."""
     if config.validation is None:
@@ -83,22 +99,7 @@ def _find_validation(config: DataConfig, source: Source) -> Source | None:
                 "Set it to a file, a folder, a glob or a split of the hub dataset, or data.streaming to false."
             )
         return None
-    # beside a hub dataset a bare word is a split, even where a folder is called so
-    if source.files or is_text_file(config.validation) or "/" in config.validation:
-        files = find_files(config.validation, setting="data.validation")
-        both = set(files) & set(source.files)
-        if both:
-            raise ConfigError(
-                f"{min(both)} is in data.name ({config.name}) and in data.validation ({config.validation}): the "
-                "model would be scored on its training text. Narrow data.name, for example to train*.jsonl."
-            )
-        return Source(name=config.validation, files=files)
-    if config.validation == config.split:
-        raise ConfigError(
-            f"data.validation and data.split are both {config.split!r}: the model would be scored on its "
-            "training text. Name another split, or leave data.validation out to carve one."
-        )
-    return Source(name=config.name, subset=config.subset, split=config.validation)
+    return find_validation(config.validation, config, source)
 
 
 def _carve(documents: Dataset, config: DataConfig, source: Source, *, cache_file: Path) -> tuple[Dataset, Dataset]:

@@ -18,13 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
-from fullrank.train.config import DataConfig
+from fullrank.train.config import TRAINED, DataConfig
 from fullrank.train.sources import fingerprint
 from fullrank.train.text import load_text
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "bpe"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 _SMALLEST_VOCABULARY = 256 + 3  # every byte, and the special tokens
@@ -49,25 +48,40 @@ def load_tokenizer(config: DataConfig, *, cache_dir: Path) -> PreTrainedTokenize
         folder = _trained(config, cache_dir=cache_dir)
         trained: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
         return trained
+    return named_tokenizer(config.tokenizer, remedy=f"Set data.tokenizer to {TRAINED} or to a local folder.")
+
+
+def named_tokenizer(
+    name: str, *, remedy: str, revision: str | None = None, needs_end: bool = True
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer by its folder or hub name.
+
+    Args:
+        name: Folder or hub name.
+        remedy: What to do if it cannot be used, as a sentence.
+        revision: Branch, tag or commit on the hub; None: the main branch.
+        needs_end: Refuse one without an end token.
+
+    Raises:
+        ConfigError: If it cannot be found or used.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"data.tokenizer {config.tokenizer!r} is not {TRAINED!r}, nor a folder with a tokenizer, nor one the "
-            f"hub gives us: {reason} Set it to {TRAINED} or to a local folder."
+            f"tokenizer {name!r} is neither a folder with a tokenizer nor one the hub gives us: {reason} {remedy}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"tokenizer {name} has no fast version (a tokenizer.json). Save one there. {remedy}")
+    if needs_end and tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"data.tokenizer {config.tokenizer} has no fast version (a tokenizer.json). Save one there, or set "
-            f"data.tokenizer to {TRAINED}."
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"data.tokenizer {config.tokenizer} has no end token to put between documents. Add eos_token to its "
-            f"tokenizer_config.json, or set data.tokenizer to {TRAINED}."
+            f"tokenizer {name} has no end token, which a document or an answer ends with. Add eos_token to its "
+            f"tokenizer_config.json. {remedy}"
         )
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {name} has neither a padding nor an end token to fill batches with. {remedy}")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

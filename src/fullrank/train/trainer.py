@@ -22,13 +22,16 @@ from fullrank.errors import ConfigError
 from fullrank.methods import Built
 from fullrank.train.callbacks import ProgressBar
 from fullrank.train.config import RunConfig
-from fullrank.train.data import Data
-from fullrank.train.evaluate import sequence_losses, token_mean
+from fullrank.train.prepared import Data
 
 logger = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError)
 """What transformers raises for arguments that it cannot take."""
+
+
+KEEPS_BEST = "load_best_model_at_end"
+"""Its Trainer keeps note of the best checkpoint; ours loads it, with what the method has in its optimizer."""
 
 
 def make_trainer(
@@ -58,8 +61,8 @@ def make_trainer(
             data_collator=data.collate,
             processing_class=tokenizer,
             optimizers=(built.optimizer, make_scheduler(config, args, built)),
-            compute_metrics=token_mean,
-            preprocess_logits_for_metrics=sequence_losses,
+            compute_metrics=data.scoring.compute,
+            preprocess_logits_for_metrics=data.scoring.condense,
             callbacks=callbacks,
         )
     except REFUSALS as error:
@@ -77,14 +80,27 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
     Raises:
         ConfigError: If the batch sizes do not divide, or transformers refuses an argument.
     """
-    fields = {key: value for key, value in config.trainer.items() if key != "total_batch_size"}
+    fields = {key: value for key, value in config.trainer.items() if key not in ("total_batch_size", KEEPS_BEST)}
     fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if keeps_best(config):
+        fields = {"metric_for_best_model": data.scoring.metric} | fields
+        if fields["metric_for_best_model"].removeprefix("eval_") == data.scoring.metric:
+            fields.setdefault("greater_is_better", data.scoring.greater_is_better)
+    if data.validation is None:
+        if keeps_best(config):
+            raise ConfigError(
+                "trainer.load_best_model_at_end needs validation examples to tell the best by. Set data.validation or "
+                "data.validation_size, or turn it off."
+            )
+        fields["eval_strategy"] = "no"
+        logger.info("there are no validation examples: the model is not scored")
     try:
         args = TrainingArguments(
             output_dir=str(folder),
             seed=config.seed,
             learning_rate=config.method.lr,
-            include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
+            include_num_input_tokens_seen="non_padding" if data.padded else "all",
+            remove_unused_columns=False,  # the data has none, and a collator may read what no model takes
             **fields,
         )
     except REFUSALS as error:
@@ -104,15 +120,21 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
     if (warmup := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
         logger.warning("warm-up takes %d of %d steps: the learning rate never comes to fall", warmup, args.max_steps)
     logger.info(
-        "%d optimizer steps of %d sequences (%d processes x %d x %d accumulated), %d tokens each",
+        "%d optimizer steps of %d sequences (%d processes x %d x %d accumulated), %s%d tokens each",
         args.max_steps,
         per_step * accumulated,
         args.world_size,
         args.train_batch_size,
         accumulated,
+        "at most " if data.padded else "",
         config.data.sequence_length,
     )
     return args
+
+
+def keeps_best(config: RunConfig) -> bool:
+    """Whether the run ends with the model that was scored best; otherwise with the last one."""
+    return bool(config.trainer.get(KEEPS_BEST))
 
 
 def refused(error: Exception) -> Exception:

@@ -1,0 +1,1 @@
+"""Scores of a trained model on the tasks of the papers: perplexity, commonsense, MMLU, HumanEval and GLUE."""

@@ -1,0 +1,99 @@
+"""LLM-Adapters' protocol for the commonsense tasks: the model writes an answer, and the first answer in it counts.
+
+The facts are those of Fira's commonsense_evaluate.py (LLM-Adapters' script): the instruction alone is put in the
+prompt, the file's `input` is not; beam search with 4 beams and 32 new tokens; what the model wrote up to a second
+"### Response:" is searched for the first of the task's answers, which must be the row's own. An output without any
+counts as wrong.
+
+Their script also sets temperature 0.1, top_p 0.75 and top_k 40, without do_sample: transformers ignores the three in
+beam search and says so, and so they are not set here. Their prompts differ from those of their training: see
+`prompt_template`. They run in float16, one prompt at a time; in batches, prompts here are padded on the left.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging as progress
+
+from fullrank.evaluation.commonsense import answers
+from fullrank.evaluation.config import EvaluateConfig
+from fullrank.evaluation.unit import Evaluated, Outcome
+from fullrank.train.prompts import render_prompt
+
+_RESPONSE = "### Response:"
+
+
+def find_answer(output: str, task: str) -> str | None:
+    """The first of a task's answers in what a model wrote; None if there is none."""
+    found = re.search("|".join(answers(task)), output)
+    return None if found is None else found[0]
+
+
+def generate_answers(rows: list[dict[str, Any]], task: str, evaluated: Evaluated, *, config: EvaluateConfig) -> Outcome:
+    """Let a model answer every row, and count the right answers.
+
+    Args:
+        rows: LLM-Adapters' rows.
+        task: Our name of their task.
+        evaluated: The model.
+        config: Template, beams and length.
+
+    Returns:
+        ``accuracy``, the number of outputs without an answer as ``unparsed``, and every output.
+    """
+    records: list[dict[str, Any]] = []
+    starts = range(0, len(rows), evaluated.batch_size)
+    for start in progress.tqdm(starts, desc=task, unit="batch", leave=False):
+        batch = rows[start : start + evaluated.batch_size]
+        for row, output in zip(batch, _outputs(batch, evaluated, config), strict=True):
+            prediction = find_answer(output, task)
+            records.append(
+                {
+                    "instruction": row["instruction"],
+                    "output": output,
+                    "prediction": prediction,
+                    "answer": row["answer"],
+                    "correct": prediction == row["answer"],
+                }
+            )
+    return Outcome(
+        metrics={"accuracy": sum(record["correct"] for record in records) / len(records)},
+        metric="accuracy",
+        num_examples=len(records),
+        details={"unparsed": sum(record["prediction"] is None for record in records)},
+        records=records,
+    )
+
+
+@torch.inference_mode()
+def _outputs(rows: list[dict[str, Any]], evaluated: Evaluated, config: EvaluateConfig) -> list[str]:
+    """What the model writes after the prompt of each row."""
+    tokenizer = evaluated.tokenizer
+    prompts = [render_prompt(config.prompt_template, row["instruction"], tokenizer=tokenizer) for row in rows]
+    inputs = tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
+        # a chat template writes the special tokens itself
+        add_special_tokens=config.prompt_template != "chat",
+    ).to(evaluated.device)
+    generate: Any = evaluated.model.generate
+    tokens = generate(
+        **inputs,
+        generation_config=GenerationConfig(
+            num_beams=config.num_beams,
+            do_sample=False,
+            max_new_tokens=config.answer_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+    )
+    written = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.partition(_RESPONSE)[0].strip() for text in written]

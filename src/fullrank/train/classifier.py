@@ -1,0 +1,133 @@
+"""A trained network with a head of classes: what GLUE is fine-tuned with.
+
+The encoder comes from its files, the head from the seed if the files have none, so that every method starts from the
+same one.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from fullrank.errors import ConfigError
+from fullrank.params import class_head
+from fullrank.train.config import ModelConfig
+from fullrank.train.model import first_line, fit_length, network_config, unbuildable
+
+logger = logging.getLogger(__name__)
+
+
+def build_classifier(
+    config: ModelConfig,
+    *,
+    label_names: tuple[str, ...],
+    vocab_size: int,
+    pad_token_id: int | None,
+    sequence_length: int,
+    seed: int,
+) -> PreTrainedModel:
+    """Load a network with a head for these classes; a single name is a score to be told (regression).
+
+    Args:
+        config: The model section of a run.
+        label_names: Names of the classes, in the order of their numbers.
+        vocab_size: Length of the tokenizer (tokens).
+        pad_token_id: Padding token of the tokenizer: decoders find the last token of an example by it.
+        sequence_length: Length of an example at most (tokens).
+        seed: Seed of a fresh head. The global random state is left as it was.
+
+    Raises:
+        ConfigError: If the model cannot be loaded, lacks weights below its head, or an option does not fit it.
+    """
+    network = network_config(config, vocab_size=vocab_size)
+    fit_length(network, config, sequence_length=sequence_length)
+    network.num_labels = len(label_names)
+    network.id2label = dict(enumerate(label_names))
+    network.label2id = {name: number for number, name in enumerate(label_names)}
+    network.problem_type = "regression" if len(label_names) == 1 else "single_label_classification"
+    network.pad_token_id = pad_token_id
+    network.use_cache = False
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model, missing = _load(network, config)
+    _refuse_incomplete(model, missing, config)
+    _fit_positions(model, config, sequence_length=sequence_length)
+    model.train()
+    logger.info(
+        "%s: %s of %d parameters in %s, %d labels; fresh: %s",
+        config.name,
+        type(model).__name__,
+        model.num_parameters(),
+        config.dtype,
+        len(label_names),
+        ", ".join(sorted(missing)) or "nothing",
+    )
+    return model
+
+
+def refuse_frozen_head(model: nn.Module) -> None:
+    """Check that the head of classes trains: a fresh one would stay at random.
+
+    Raises:
+        ConfigError: If a parameter of it is frozen.
+    """
+    frozen = [name for name, parameter in class_head(model).items() if not parameter.requires_grad]
+    if frozen:
+        parts = sorted({name.split(".")[0] for name in frozen})
+        raise ConfigError(
+            f"the head of classes ({', '.join(frozen)}) is fresh, and this method leaves it frozen. Train it: "
+            f"method.exception [{', '.join(parts)}] for sift, method.train_head true for lora and relora."
+        )
+
+
+def _load(network: Any, config: ModelConfig) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of the weights that its files lack."""
+    classifier: Any = AutoModelForSequenceClassification  # its methods carry no types
+    try:
+        model, report = classifier.from_pretrained(
+            config.name,
+            revision=config.revision or "main",
+            config=network,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"model {config.name} has no weights in safetensors files ({first_line(error)}). Save it with "
+            "save_pretrained."
+        ) from error
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise unbuildable(config, error) from error
+    # a head of another number of classes is drawn anew
+    mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    return model, set(report["missing_keys"]) | mismatched
+
+
+def _refuse_incomplete(model: PreTrainedModel, missing: set[str], config: ModelConfig) -> None:
+    """A pooler below the head may be fresh too: encoders trained as language models alone have none."""
+    fresh = set(class_head(model)) | {name for name in missing if ".pooler." in name}
+    if lacking := sorted(missing - fresh):
+        raise ConfigError(
+            f"the files of {config.name} lack {len(lacking)} weights of a {type(model).__name__}, first {lacking[0]}. "
+            "Name a trained model, without overrides that change its shapes."
+        )
+
+
+def _fit_positions(model: PreTrainedModel, config: ModelConfig, *, sequence_length: int) -> None:
+    """RoBERTa and its kin number positions from behind the padding token, so they have fewer than they declare."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            bound = table.num_embeddings - table.padding_idx - 1
+            if sequence_length > bound:
+                raise ConfigError(
+                    f"data.sequence_length must be at most {bound} for {config.name}, got {sequence_length}. Lower it."
+                )

@@ -1,0 +1,78 @@
+"""The kinds of runs, pre-training and the tasks of fine-tuning, and what each can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fullrank.errors import ConfigError
+from fullrank.methods import METHODS
+from fullrank.train.config import (
+    ELSEWHERE,
+    FINETUNE_ELSEWHERE,
+    FINETUNE_TRAINER_DEFAULTS,
+    GLUE_TASKS,
+    INSTRUCTIONS,
+    TRAINER_DEFAULTS,
+    DataConfig,
+    GlueConfig,
+    InstructionsConfig,
+    ModelConfig,
+    TrainedModelConfig,
+)
+from fullrank.train.recipes import nearest
+
+TASK = "data.task"
+"""The setting that makes a run one of fine-tuning."""
+Command = Literal["pretrain", "finetune"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a run does, which decides what it can be told."""
+
+    method: str
+    task: str | None = None
+    """The task of a fine-tuning run; None: pre-training."""
+
+    def sections(self) -> dict[str, type[Any]]:
+        """The dataclass of each section."""
+        config = METHODS[self.method].config
+        if self.task is None:
+            return {"model": ModelConfig, "data": DataConfig, "method": config}
+        data = InstructionsConfig if self.task == INSTRUCTIONS else GlueConfig
+        return {"model": TrainedModelConfig, "data": data, "method": config}
+
+    def elsewhere(self) -> dict[str, str]:
+        """TrainingArguments fields that the trainer section does not take, and what to do instead."""
+        return ELSEWHERE if self.task is None else FINETUNE_ELSEWHERE
+
+    def trainer_defaults(self) -> dict[str, Any]:
+        """Where the trainer section departs from TrainingArguments' own defaults."""
+        if self.task is None:
+            return dict(TRAINER_DEFAULTS)
+        return FINETUNE_TRAINER_DEFAULTS | ({} if self.task == INSTRUCTIONS else {"load_best_model_at_end": True})
+
+    def defaults(self) -> dict[str, Any]:
+        """Options of methods that mean another thing to a trained model: LoRA leaves all but a fresh head as it is."""
+        beside = {"train_embeddings": False, "train_norms": False, "train_head": self.task != INSTRUCTIONS}
+        known = {field.name for field in fields(METHODS[self.method].config)} if self.task else set()
+        task = {} if self.task is None else {TASK: self.task}
+        return task | {f"method.{name}": value for name, value in beside.items() if name in known}
+
+
+def kind_of(command: Command, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Kind:
+    """What the run does, from the settings that decide it."""
+    name = str(overrides.get("method.name", base.get("method.name", "fira")))
+    for asked in (name, str(base.get("method.name", name))):
+        if asked not in METHODS:
+            known = ", ".join(METHODS)
+            raise ConfigError(f"method.name must be one of {known}, got {asked!r}.{nearest(asked, METHODS)}")
+    if command == "pretrain":
+        return Kind(name)
+    task = str(overrides.get(TASK, base.get(TASK, INSTRUCTIONS)))
+    if task not in (INSTRUCTIONS, *GLUE_TASKS):
+        tasks = ", ".join((INSTRUCTIONS, *GLUE_TASKS))
+        raise ConfigError(f"{TASK} must be one of {tasks}, got {task!r}.{nearest(task, (INSTRUCTIONS, *GLUE_TASKS))}")
+    return Kind(name, task)
