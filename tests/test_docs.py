@@ -18,7 +18,14 @@ import torch
 import yaml
 
 from fullrank import METHODS
-from fullrank.cli import COMMANDS, analyze_flags, export_flags, print_help, split_arguments
+from fullrank.cli import COMMANDS
+from fullrank.cli.analysis import analyze_flags
+from fullrank.cli.arguments import read_options, split_arguments
+from fullrank.cli.using import export_flags
+from fullrank.evaluation.config import EvaluateConfig
+from fullrank.evaluation.tasks import expand
+from fullrank.train.config import GlueConfig, InstructionsConfig
+from fullrank.train.generate import GenerateConfig
 from fullrank.train.recipes import recipe_names, show_recipe
 from fullrank.train.resolve import resolve
 
@@ -93,37 +100,54 @@ def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
 def test_yaml_block_resolves(block: Block) -> None:
     content = yaml.safe_load(block.text)
     if isinstance(content, dict) and SECTIONS & content.keys():
-        resolve(content)
+        assert resolve(content)
 
 
 @pytest.mark.parametrize(("where", "words"), COMMAND_LINES, ids=[where for where, _ in COMMAND_LINES])
 def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     command, *arguments = words
     assert command in COMMANDS
-    if command == "recipes":
+    if command in ("pretrain", "finetune"):
+        check_run(command, arguments, capsys)
+    elif command == "recipes":
         if arguments:
             assert arguments[0] == "show"
             assert show_recipe(arguments[1])
-        return
-    if command == "export":
-        assert export_flags(arguments)
-        return
-    if command == "analyze":
+    elif command == "analyze":
         assert analyze_flags(arguments)
-        return
+    elif command == "export":
+        assert export_flags(arguments)
+    elif arguments == ["--help"]:
+        assert COMMANDS[command](arguments) == 0
+        assert "--model MODEL" in capsys.readouterr().out
+    elif command == "generate":
+        assert read_options(GenerateConfig, arguments, command=command, usage="")
+    else:
+        config = read_options(EvaluateConfig, arguments, command=command, usage="")
+        assert config is not None
+        assert config.model
+        assert expand(config.tasks)
+
+
+def check_run(command: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Resolve the command line of a training run, or print its help."""
     flags, overrides = split_arguments(arguments)
     if flags.help:
-        print_help(resolve(None, overrides))
+        assert COMMANDS[command](arguments) == 0
         assert "--method.lr" in capsys.readouterr().out
         return
     if flags.resume is not None:
         assert flags.config is None
         assert "output_dir" not in overrides
+        if command == "finetune":  # the rest is in the run's own configuration
+            overrides = {"model.name": "base", "data.name": "examples"} | overrides
     recipe: Any = flags.config
     if recipe is not None and recipe not in recipe_names():
         assert recipe.endswith(".yaml"), "neither a packaged recipe nor a file of the reader's own"
         recipe = None
-    resolve(recipe, overrides)
+        if command == "finetune":
+            overrides = {"model.name": "base", "data.name": "examples"} | overrides
+    resolve(recipe, overrides, command=command)
 
 
 def links() -> list[tuple[str, Path, str]]:
@@ -208,15 +232,35 @@ def test_relora_recipe_is_listed_with_its_batches(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("finetune/")])
 def test_finetuning_recipe_is_listed_with_its_values(name: str) -> None:
-    config = resolve(name)
-    lr, density, epochs, batch, decay, warmup, published = recipe_row(name)
+    """The table of docs/recipes.md agrees with the packaged files."""
+    config = resolve(name, command="finetune")
+    lr, size, epochs, batch, decay, warmup, published = recipe_row(name)
     method, trainer = config.method, config.trainer
-    assert (float(lr), float(density), float(decay)) == (method.lr, method.density, method.weight_decay)
+    assert (float(lr), float(decay)) == (method.lr, method.weight_decay)
+    sizes = {
+        "sift": lambda: f"{method.density:g}",
+        "lora": lambda: f"{method.rank}",
+        "full": lambda: "-",
+        "fira": lambda: f"{method.rank} of {method.lora_rank}",
+    }
+    assert size == sizes["fira" if config.method_name == "galore" else config.method_name]()
     assert float(epochs) == trainer["num_train_epochs"]
-    sizes = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
-    assert batch == " x ".join(map(str, sizes))
-    assert warmup == f"{trainer['warmup_steps']:.0%}"
-    assert published.split(" ")[0] in show_recipe(name)
+    examples = trainer.get("total_batch_size")
+    if examples is None:
+        examples = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    assert int(batch) == examples
+    assert warmup == (f"{trainer['warmup_steps']:.0%}" if trainer["warmup_steps"] < 1 else f"{trainer['warmup_steps']:g}")
+    assert f" {published.split(' ')[0]} " in show_recipe(name)
+
+
+@pytest.mark.parametrize("config", [EvaluateConfig, GenerateConfig, InstructionsConfig, GlueConfig])
+def test_options_are_explained(config: type[Any]) -> None:
+    """Every option of evaluation, generation and fine-tuning data is on the page about it."""
+    page = "evaluate" if config is EvaluateConfig else "finetune"
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    section = "data." if config in (InstructionsConfig, GlueConfig) else ""
+    missing = [field.name for field in fields(config) if not re.search(rf"`{section}{field.name}\b", text)]
+    assert not missing
 
 
 def test_documents_are_short() -> None:

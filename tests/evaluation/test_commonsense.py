@@ -103,7 +103,10 @@ def test_an_answer_beyond_the_options_is_refused() -> None:
         ("[]", "must be a JSON list of rows"),
         ("{", "cannot be read as JSON"),
         ('[{"instruction": "x"}]', "row 1: expected text in instruction and answer"),
-        (json.dumps([local_row("piqa"), {**local_row("piqa"), "answer": "answer1"}]), "row 2: answer 'answer1' is none"),
+        (
+            json.dumps([local_row("piqa"), {**local_row("piqa"), "answer": "answer1"}]),
+            "row 2: answer 'answer1' is none",
+        ),
     ],
 )
 def test_a_file_that_is_none(content: str, message: str, tmp_path: Path) -> None:

@@ -144,6 +144,17 @@ def test_scores_are_those_of_the_likelihoods() -> None:
     assert (outcome.metric, outcome.num_examples) == ("acc_norm", 1)
 
 
+def test_prompts_that_are_cut_are_counted() -> None:
+    """The model takes 512 tokens; the second question is longer."""
+    rows = [local_row("arc_easy"), local_row("arc_easy")]
+    rows[1]["instruction"] = rows[1]["instruction"].replace("Which is hot?", "Which is hot? " * 600)
+    task = harness.local_task("arc_easy", parse(rows, "arc_easy", source=Path("test.json")))
+    tokenizer = make_tokenizer()
+    outcome = harness.rank(task, Evaluated(make_model(tokenizer), tokenizer, batch_size=4), limit=None)
+    assert outcome.details["truncated"] == 1
+    assert outcome.num_examples == 2
+
+
 @pytest.mark.shared_data
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs MMLU's files")
 def test_real_mmlu() -> None:

@@ -48,7 +48,7 @@ class TestMasks:
         row = load(rows, tokenizer).train[0]
         prompt = render_prompt("alpaca", "Say: the", input_text)
         assert tokenizer.decode(row["input_ids"]) == begins * "<s>" + prompt + "yes :- no</s>"
-        assert tokens(row, tokenizer, "labels")[-7:] == ["·", "y", "es", "Ġ", ":-", "Ġno", "</s>"]
+        assert tokens(row, tokenizer, "labels")[-5:] == ["·", "yes", "Ġ:-", "Ġno", "</s>"]
         assert learned(row, tokenizer) == ["yes :- no</s>"]
 
     @pytest.mark.parametrize("trims", [True, False])
@@ -77,7 +77,7 @@ class TestMasks:
     def test_of_text_all_but_the_first_token_is_learned(self, load: Load, begins: bool) -> None:
         tokenizer = make_tokenizer(begins=begins)
         row = load([{"text": "the answer"}], tokenizer).train[0]
-        assert tokens(row, tokenizer, "labels") == ["·", *["t", "h", "e"][not begins :], "Ġanswer", "</s>"]
+        assert tokens(row, tokenizer, "labels") == ["·", *["the"] * begins, "Ġanswer", "</s>"]
 
     def test_train_on_inputs_learns_the_prompt_too(self, load: Load) -> None:
         tokenizer = make_tokenizer()
@@ -88,7 +88,7 @@ class TestMasks:
     def test_an_end_token_that_the_tokenizer_adds_is_not_doubled(self, load: Load) -> None:
         tokenizer = make_tokenizer(ends=True)
         row = load([{"prompt": "Say:", "completion": " no"}], tokenizer).train[0]
-        assert tokens(row, tokenizer) == ["<s>", "S", "ay", ":", "Ġno", "</s>"]
+        assert tokens(row, tokenizer) == ["<s>", "Say", ":", "Ġno", "</s>"]
         assert tokens(row, tokenizer, "labels")[-2:] == ["Ġno", "</s>"]
 
     def test_spelled_special_tokens_are_text(self, load: Load) -> None:
@@ -106,22 +106,22 @@ class TestMasks:
 
 
 class TestLengths:
-    PROMPT, COMPLETION = "Say:", " yes no the"  # <s> S ay : | Ġyes Ġno Ġthe | </s>
+    PROMPT, COMPLETION = "Say:", " yes no the"  # <s> Say : | Ġyes Ġno Ġthe | </s>
 
     @pytest.mark.parametrize(
         ("length", "labels", "cut"),
         [
-            (8, ["Ġyes", "Ġno", "Ġthe", "</s>"], 0),
-            (7, ["Ġyes", "Ġno", "Ġthe"], 1),
-            (5, ["Ġyes"], 1),
+            (7, ["Ġyes", "Ġno", "Ġthe", "</s>"], 0),
+            (6, ["Ġyes", "Ġno", "Ġthe"], 1),
+            (4, ["Ġyes"], 1),
         ],
     )
     def test_a_cut_answer_has_no_end(self, load: Load, length: int, labels: list[str], cut: int) -> None:
         tokenizer = make_tokenizer()
         data = load([{"prompt": self.PROMPT, "completion": self.COMPLETION}], tokenizer, sequence_length=length)
-        assert tokens(data.train[0], tokenizer, "labels") == ["·"] * 4 + labels
-        assert f"{4 + len(labels)} tokens, {cut} of them cut" in data.description
-        assert data.num_train_tokens == 4 + len(labels)
+        assert tokens(data.train[0], tokenizer, "labels") == ["·"] * 3 + labels
+        assert f"{3 + len(labels)} tokens, {cut} of them cut" in data.description
+        assert data.num_train_tokens == 3 + len(labels)
 
     def test_examples_without_a_label_are_left_out_and_told(self, load: Load, caplog: pytest.LogCaptureFixture) -> None:
         tokenizer = make_tokenizer()
@@ -129,13 +129,13 @@ class TestLengths:
         rows += [{"prompt": "", "completion": " \n"}]
         for _ in range(2):  # also when the examples are found in the cache
             caplog.clear()
-            data = load(rows, tokenizer, sequence_length=5)
-            assert [learned(row, tokenizer) for row in data.train] == [["n"]]
+            data = load(rows, tokenizer, sequence_length=4)
+            assert [learned(row, tokenizer) for row in data.train] == [["no"]]
             assert "2 of 3 examples are left out" in caplog.text
             assert "row 1 (line 2): 1 with an empty answer, 1 whose prompt fills" in caplog.text
-            assert "1 examples of 5 tokens, 1 of them cut, 2 left out" in data.description
-        with pytest.raises(ConfigError, match=r"nothing to learn: 1 with an empty answer, 1 whose.*\(5 tokens\)"):
-            load(rows[1:], tokenizer, sequence_length=5)
+            assert "1 examples of 4 tokens, 1 of them cut, 2 left out" in data.description
+        with pytest.raises(ConfigError, match=r"nothing to learn: 1 with an empty answer, 1 whose.*\(4 tokens\)"):
+            load(rows[1:], tokenizer, sequence_length=4)
 
     @pytest.mark.parametrize("pads", [True, False])
     def test_padding_is_told_by_its_place(self, load: Load, pads: bool) -> None:
@@ -146,7 +146,7 @@ class TestLengths:
         assert data.padded
         assert set(batch) == {"input_ids", "labels", "attention_mask"}
         lengths = [len(row["input_ids"]) for row in data.train]
-        assert lengths == [5, 12]
+        assert lengths == [3, 9]
         for index, length in enumerate(lengths):
             assert batch["input_ids"][index].tolist() == data.train[index]["input_ids"] + [tokenizer.pad_token_id] * (
                 16 - length
@@ -224,7 +224,7 @@ class TestHeldOut:
 
     def test_carving_leaves_an_example(self, load: Load) -> None:
         assert len(load(make_rows(3), make_tokenizer(), validation_size=2).train) == 1
-        with pytest.raises(ConfigError, match="at most 2 of the 3.*got 3"):
+        with pytest.raises(ConfigError, match=r"at most 2 of the 3.*got 3"):
             load(make_rows(3), make_tokenizer(), validation_size=3)
 
     def test_validation_of_a_file(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,14 +246,14 @@ class TestHeldOut:
 
         def load_once(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> tuple[str, dict[Path, int]]:
             data = load_instructions(config_for(config.name, **(vars(config) | changes)), tokenizer, cache_dir=tmp_path)
-            files = [f for f in (tmp_path / "examples").iterdir()]
+            files = (tmp_path / "examples").iterdir()
             return data.content_hash, {f: f.stat().st_mtime_ns for f in files}
 
         first, files = load_once(make_tokenizer())
         assert (first, files) == load_once(make_tokenizer())
         for tokenizer, changes in (
             (make_tokenizer(begins=False), {}),
-            (make_tokenizer(), {"sequence_length": 64}),
+            (make_tokenizer(), {"sequence_length": 256}),
             (make_tokenizer(), {"prompt_template": "plain"}),
             (make_tokenizer(), {"train_on_inputs": True}),
         ):
@@ -292,3 +292,13 @@ class TestPublished:
             assert answer.endswith(ends)
             whole = torch.tensor(example["input_ids"])
             assert tokenizer.decode(whole, skip_special_tokens=True).lstrip() == prompt + row["output"]
+
+    @pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/llama2-32k", "models/stories260K-hf"])
+    def test_spelled_special_tokens_are_text(self, name: str, load: Load) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(SHARED / name)
+        rows = [{"prompt": "<s> </s> <|endoftext|> <unk>", "completion": " </s> <|endoftext|>"}]
+        row = load(rows, tokenizer).train[0]
+        num_begins = len(tokenizer("").input_ids)
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
+        assert not set(row["input_ids"][num_begins:-1]) & set(tokenizer.all_special_ids)
+        assert learned(row, tokenizer)[0].lstrip() == "</s> <|endoftext|>" + tokenizer.eos_token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from fullrank.errors import ConfigError
@@ -46,13 +46,15 @@ def pairs(words: list[str]) -> dict[str, str]:
 
 
 def read_options(kind: type[Options], arguments: list[str], *, command: str, usage: str) -> Options | None:
-    """Read ``--field value`` for every field of a dataclass; a list is given with commas, a dict as ``--field.key``.
+    """Read ``--field value`` for the fields of a dataclass, which all have defaults.
+
+    A list is given with commas, a dictionary as ``--field.key value``, a switch may stand without its value.
 
     Returns:
         The options, or None if help was asked for and printed.
 
     Raises:
-        ConfigError: Lists every unknown field, wrong type, and field without a default that is missing.
+        ConfigError: Lists every unknown field and wrong type.
     """
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -84,11 +86,6 @@ def read_options(kind: type[Options], arguments: list[str], *, command: str, usa
                 lines = str(error).strip().splitlines()
                 expected = next((line.strip() for line in lines if line.strip().startswith("Expected")), lines[-1])
                 problems.append(f"--{name} {text!r} has the wrong type or value. {expected.split('. Got value')[0]}.")
-    problems += [
-        f"{command} needs --{name}. `fullrank {command} --help` explains it."
-        for name, field in known.items()
-        if field.default is MISSING and field.default_factory is MISSING and name not in given
-    ]
     if problems:
         raise ConfigError("\n".join(problems))
     return kind(**values)

@@ -37,8 +37,8 @@ usage: fullrank finetune --model.name MODEL --data.name EXAMPLES [--method.name 
 Trains a causal language model on instructions, prompts, conversations or text, or an encoder on a task of GLUE.
 
   --config RECIPE       a packaged recipe (`fullrank recipes`) or a YAML file; default: none
-  --data.task TASK      instructions (default), or a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte; the options
-                        of `data` below are those of {task}
+  --data.task TASK      instructions (default), or a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte; the
+                        options of `data` below are those of {task}
   --method.name NAME    {methods}; the options of `method` below are those of {method}
   --resume DIR          go on with the run in DIR from its newest complete checkpoint
   --print_config        print the resolved configuration as YAML and stop

@@ -25,8 +25,8 @@ usage: fullrank evaluate --model MODEL [--adapter DIR] --tasks TASK,TASK [--data
 
 Scores a model and prints a table; writes eval.json. The same command again goes on where it was stopped.
 
-  TASK   perplexity; boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or commonsense
-         for all eight; mmlu, or mmlu_SUBJECT; humaneval; cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte
+  TASK   perplexity; boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, or
+         commonsense for all eight; mmlu, or mmlu_SUBJECT; humaneval; cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte
   PATH   local files of a task, in the authors' layout; without: the hub
 """
 
@@ -46,7 +46,7 @@ def evaluate(arguments: list[str]) -> int:
     if config is None:
         return 0
     from fullrank.evaluation.run import evaluate as run
-    from fullrank.evaluation.run import table
+    from fullrank.evaluation.table import table
 
     print(table(run(config)))
     return 0

@@ -146,8 +146,19 @@ def rank(task: Any, evaluated: Evaluated, *, limit: int | None) -> Outcome:
         metric="acc_norm" if "acc_norm" in metrics else "acc",
         num_examples=int(found["sample_len"]),
         stderr=stderr,
-        details={"task_version": task.VERSION},
+        details={"task_version": task.VERSION, "truncated": _num_truncated(wrapped, task)},
     )
+
+
+def _num_truncated(wrapped: Any, task: Any) -> int:
+    """Examples with a text longer than the model takes, of which the harness cuts the beginning off."""
+    cut = set()
+    for instance in task.instances:
+        text = "".join(instance.args)
+        # a token holds at least a byte: most texts need no counting
+        if len(text.encode()) >= wrapped.max_length and len(wrapped.tok_encode(text)) > wrapped.max_length + 1:
+            cut.add(instance.doc_id)
+    return len(cut)
 
 
 def _is_number(value: object) -> bool:

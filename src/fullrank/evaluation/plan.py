@@ -17,7 +17,9 @@ from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.generate import generate_answers
 from fullrank.evaluation.tasks import COMMONSENSE, GLUE, KINDS, expand, kind_of
 from fullrank.evaluation.unit import Unit
-from fullrank.train.folders import refuse_unusable
+from fullrank.train.data import load_scored
+from fullrank.train.folders import cache_dir, refuse_unusable
+from fullrank.train.glue import load_glue_validation
 from fullrank.train.report import num_processes
 from fullrank.train.sources import fingerprint
 
@@ -66,6 +68,8 @@ def _wrong_settings(config: EvaluateConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and value < 1:
             problems.append(f"{name} must be at least 1, got {value}. Raise it.")
+    if config.sequence_length is not None and config.sequence_length < 2:
+        problems.append(f"sequence_length must be at least 2, got {config.sequence_length}. Raise it.")
     for key in config.data:
         if key not in DATA_KEYS:
             close = get_close_matches(key, DATA_KEYS, n=1)
@@ -114,6 +118,7 @@ def _perplexity(config: EvaluateConfig, task: str) -> Unit:
         protocol="token mean",
         settings={**shown, "limit": config.limit},
         data={"source": settings.name, "content": scored.stamp_of(settings)},
+        read=lambda tokenizer: load_scored(settings, tokenizer, cache_dir=cache_dir()),
         run=partial(scored.score_perplexity, settings, limit=config.limit),
     )
 
@@ -125,6 +130,7 @@ def _glue(config: EvaluateConfig, task: str) -> Unit:
         protocol="classifier",
         settings={"sequence_length": settings.sequence_length, "limit": config.limit},
         data={"source": settings.name, "content": scored.stamp_of(settings)},
+        read=lambda tokenizer: load_glue_validation(settings, tokenizer, cache_dir=cache_dir()),
         run=partial(scored.score_glue, settings, limit=config.limit),
     )
 

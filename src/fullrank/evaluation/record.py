@@ -42,8 +42,8 @@ class Record:
         for task, entry in self.tasks.items():
             if kind_of(task) == kind_of(unit.task):
                 found += _differences(task, entry["settings"], unit.settings)
-            if task == unit.task:
-                found += _differences(task, entry["data"], unit.data)
+            if task == unit.task and _content(entry["data"]) != _content(unit.data):
+                found.append(f"{task} there is of {entry['data']['source']}, not of this {unit.data['source']}")
         return list(dict.fromkeys(found))
 
     def claim(self, model: dict[str, Any]) -> None:
@@ -84,6 +84,11 @@ class Record:
         self.content["versions"] = versions()
         self.content["hardware"] = hardware()
         write_whole(self.folder / FILE, json.dumps(self.content, indent=1) + "\n")
+
+
+def _content(data: dict[str, Any]) -> object:
+    """What tells examples apart: their hash, wherever they lie, or the name of where they come from."""
+    return data.get("content", data["source"])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     units = plan(config)
     record = Record(Path(config.output_dir))
     pending = _pending(units, record)
+    _try_all([unit.prepare for unit in pending])
     loaded = load_trained(config.model, adapter=config.adapter, dtype=config.dtype)
     if problems := unfit(config, loaded, units):
         raise together(problems)
     record.claim(describe(config, loaded))
+    _warn_of_template(loaded, config, pending)
     evaluated = _on_device(loaded, config)
+    _try_all([partial(unit.read, evaluated.tokenizer) for unit in pending])
     for number, unit in enumerate(pending, start=1):
         logger.info("%s (%d of %d)", unit.task, number, len(pending))
         start = time.perf_counter()
@@ -53,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _pending(units: list[Unit], record: Record) -> list[Unit]:
-    """The tasks to run, with their data at hand; those in the folder must fit."""
+    """The tasks that the folder does not have; those it has must have been run in the same way."""
     differences = list(dict.fromkeys(line for unit in units for line in record.differences(unit)))
     if differences:
         raise ConfigError(
@@ -63,15 +68,30 @@ def _pending(units: list[Unit], record: Record) -> list[Unit]:
     pending = [unit for unit in units if unit.task not in record.tasks]
     if len(pending) < len(units):
         logger.info("%s has %d of %d tasks already", record.folder / FILE, len(units) - len(pending), len(units))
+    return pending
+
+
+def _try_all(steps: Sequence[Callable[[], object]]) -> None:
+    """Take every step, and tell the errors of all."""
     problems = []
-    for unit in pending:
+    for step in steps:
         try:
-            unit.prepare()
+            step()
         except ConfigError as error:
             problems.append(str(error))
     if problems:
         raise together(problems)
-    return pending
+
+
+def _warn_of_template(loaded: Loaded, config: EvaluateConfig, pending: list[Unit]) -> None:
+    """A model that learned to answer one prompt is asked with another."""
+    asked = config.prompt_template
+    trained = loaded.prompt_template
+    fitting = {"commonsense": ("commonsense", "commonsense-eval")}.get(trained or asked, (trained or asked,))
+    if asked not in fitting and any(unit.protocol == "generate" for unit in pending):
+        logger.warning(
+            "prompt_template is %s, and %s was trained with %s: its answers may suffer", asked, config.model, trained
+        )
 
 
 def _on_device(loaded: Loaded, config: EvaluateConfig) -> Evaluated:

@@ -12,15 +12,16 @@
 5. **An audit hook** of Python, everywhere: no network, no processes, no `ctypes`, no file outside the folder but the
    standard library's for reading. The hook cannot be removed, but what breaks the interpreter itself escapes it.
 
-This is made for the mistakes and the odd ideas of a language model. It is **not a virtual machine**: a flaw of the kernel
-is not held off, and an attacker who breaks out of the interpreter can read what this user can read. Where there
-is no seccomp (macOS), such an attacker can also write and use the network, and the memory limit has no effect. Run models
-that you do not trust in a container or a virtual machine of their own.
+This is made for the mistakes and the odd ideas of a language model. It is **not a virtual machine**: a flaw of the
+kernel is not held off, and what breaks out of the interpreter can read what this user can read. Where there is no
+seccomp (macOS), it can also write and use the network, and the memory limit has no effect. Without Landlock it can
+write what this user can write. Run models that you do not trust in a container or a virtual machine.
 
 A program passes only if it comes to its end: then, and not before, a random token is written to a pipe, by a step that
 the program cannot call. To exit early, by `sys.exit` or `os._exit`, is not to pass, nor is anything printed.
 
-Programs see the standard library alone, the same order of hashes in every run, and no `asyncio` (it needs sockets).
+Programs see the standard library alone, without `asyncio` (it needs sockets) and `ctypes`, the same order of hashes in
+every run, and no ``__name__``, so that a main block does not run: as in the authors' harness.
 """
 
 from __future__ import annotations

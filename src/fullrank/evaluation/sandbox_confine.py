@@ -17,7 +17,6 @@ import platform
 import resource
 import signal
 import sys
-from contextlib import suppress
 from typing import NamedTuple
 
 MAX_FILE_BYTES = 4 << 20
@@ -163,11 +162,8 @@ def syscall_filter(machine: str, *, pid: int, program_address: int) -> list[Inst
             allowed; no later program can know it.
     """
 
-    def number(call: Numbers) -> int | None:
-        return getattr(call, machine)
-
     def when(call: Numbers, then: list[Instruction]) -> list[Instruction]:
-        value = number(call)
+        value = call._asdict()[machine]
         return [] if value is None else [(EQUAL, 0, len(then), value), *then]
 
     def argument(index: int) -> tuple[Instruction, Instruction]:
@@ -288,9 +284,9 @@ def limit_resources(*, memory_bytes: int, cpu_s: int) -> None:
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # macOS refuses some values of a limit that it does not enforce
-        with suppress(ValueError) if sys.platform == "darwin" and kind == resource.RLIMIT_AS else suppress():
-            resource.setrlimit(kind, (bound, bound))
+        if sys.platform == "darwin" and kind == resource.RLIMIT_AS:
+            continue  # macOS does not enforce this one, and refuses some values
+        resource.setrlimit(kind, (bound, bound))
 
 
 def confine(*, folder: str, memory_bytes: int, cpu_s: int, runner: str) -> None:

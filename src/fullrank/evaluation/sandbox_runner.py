@@ -17,6 +17,7 @@ import os
 import sys
 from collections import deque
 from functools import partial
+from io import FileIO
 from operator import call
 from time import sleep
 from typing import Any
@@ -89,13 +90,14 @@ def install_hook(folder: str, readable: tuple[str, ...]) -> None:
         folder: The absolute path, without links, of the only folder to write in.
         readable: Further folders to read from.
     """
+    writes = itertools.count()
 
     def hook(
         event: str,
         args: tuple[Any, ...],
         folder: str = f"{folder}/",
         readable: tuple[str, ...] = tuple(f"{path}/" for path in readable),
-        writes: Any = itertools.count(),
+        writes: Any = writes,
         names: Any = (REFUSED_EVENTS, REFUSED_MODULES, READING, CHANGING, DEVICES),
         constants: Any = (MAX_WRITES, WRITE_FLAGS),
         errors: Any = (Forbidden, ForbiddenImport),
@@ -109,7 +111,7 @@ def install_hook(folder: str, readable: tuple[str, ...]) -> None:
             raise forbidden(event)
         if event == "import" and (type_(args[0]) is not str_ or args[0] in modules):
             raise forbidden_import("this module cannot be imported here")
-        if event == "object.__setattr__" and args[1] in ("__code__", "__defaults__", "__kwdefaults__"):
+        if event == "object.__setattr__" and args[1] == "__code__":
             raise forbidden("a function cannot be given another body")
         opened = event == "open"
         if not (opened or event in reading or event in changing):
@@ -150,7 +152,8 @@ def note_into(reason: list[bytes]) -> None:
 
 def start_program(report: int, started: list[None]) -> None:
     """Start the program in its thread: run it, then write the token, then leave."""
-    token, _, source = sys.stdin.buffer.read().partition(b"\n")
+    with FileIO(0, closefd=False) as stdin:  # sys.stdin would keep what it read
+        token, _, source = stdin.readall().partition(b"\n")
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -158,7 +161,7 @@ def start_program(report: int, started: list[None]) -> None:
     os.write(report, b"ready\n")
     # as in the authors' harness, the namespace has no __name__: a main block does not run
     program = partial(exec, source.decode("utf-8", "surrogatepass"), {})
-    steps = [partial(started.append, None), program, partial(os.write, report, token), partial(os._exit, 0)]
+    steps: list[Any] = [partial(started.append, None), program, partial(os.write, report, token), partial(os._exit, 0)]
     _thread.stack_size(STACK_BYTES)
     _thread.start_new_thread(deque, (map(call, steps), 0))
 

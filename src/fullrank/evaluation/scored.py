@@ -49,6 +49,10 @@ def text_config(config: EvaluateConfig) -> DataConfig:
         packing=config.packing,
         validation_tokens=config.num_tokens,
     )
+    if named.validation_tokens < named.sequence_length:
+        raise ConfigError(
+            f"num_tokens must be at least sequence_length ({named.sequence_length}), got {config.num_tokens}. Raise it."
+        )
     # a hub dataset is read as far as needed, a local one is prepared once
     return replace(named, streaming=not find_source(named, cache_dir=cache_dir()).files)
 
@@ -70,10 +74,19 @@ def glue_config(config: EvaluateConfig, task: str) -> GlueConfig:
     """
     given = config.data.get(task) or config.data.get("glue")
     named = GlueConfig(task=task, sequence_length=config.sequence_length or GLUE_LENGTH)  # type: ignore[arg-type]
-    if given is not None:
-        named = replace(named, name=given)
     find_metrics(TASKS[task].metrics)
-    find_validation(named)
+    if given is None:
+        return named
+    named = replace(named, name=given)
+    try:
+        find_validation(named)
+    except ConfigError as error:
+        files = " and ".join(file for _, file, _ in TASKS[task].validation)
+        key = task if task in config.data else "glue"
+        raise ConfigError(
+            f"data.{key} {given} does not hold {TASKS[task].folder} with {files}. Name a folder of GLUE's files as "
+            "they are distributed."
+        ) from error
     return named
 
 

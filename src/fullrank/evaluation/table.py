@@ -30,6 +30,10 @@ def table(result: dict[str, Any]) -> str:
             rows.append(_row(result, task, metric, entry, entry["metrics"][metric], entry["stderr"].get(metric)))
         if entry.get("note"):
             notes.append(f"{task}: {entry['note']}")
+        if entry.get("truncated"):
+            notes.append(
+                f"{task}: {entry['truncated']} prompts were longer than the model takes and lost their beginning"
+            )
         if entry.get("unparsed"):
             notes.append(f"{task}: {entry['unparsed']} outputs without an answer count as wrong")
     for group, entry in result["groups"].items():

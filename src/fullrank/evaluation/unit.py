@@ -55,6 +55,8 @@ class Unit:
     """``source``: where the examples come from; ``content``: a hash of them, if they are local."""
     run: Callable[[Evaluated], Outcome]
     prepare: Callable[[], object] = lambda: None
-    """Fetch what the task needs; called before any model runs, unless the task is done already."""
+    """Fetch what the task needs; called before a model is loaded, unless the task is done already."""
+    read: Callable[[PreTrainedTokenizerFast], object] = lambda _: None
+    """Read what needs a tokenizer to be read; called before any model runs, unless the task is done already."""
     note: str = ""
     """What a reader of the number must know."""

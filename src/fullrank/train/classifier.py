@@ -45,6 +45,7 @@ def build_classifier(
     """
     network = network_config(config, vocab_size=vocab_size)
     fit_length(network, config, sequence_length=sequence_length)
+    refuse_other_order(network, label_names, name=config.name)
     network.num_labels = len(label_names)
     network.id2label = dict(enumerate(label_names))
     network.label2id = {name: number for number, name in enumerate(label_names)}
@@ -67,6 +68,26 @@ def build_classifier(
         ", ".join(sorted(missing)) or "nothing",
     )
     return model
+
+
+def refuse_other_order(network: Any, label_names: tuple[str, ...], *, name: str) -> None:
+    """Check that a model which knows these classes has them in this order: its head would mean others.
+
+    Args:
+        network: The configuration of the model, as it was saved.
+        label_names: Names of the classes, in the order of their numbers.
+        name: What to call the model.
+
+    Raises:
+        ConfigError: If it has the same names in another order.
+    """
+    saved = tuple(str(label).lower() for _, label in sorted(network.id2label.items()))
+    wanted = tuple(label.lower() for label in label_names)
+    if saved != wanted and sorted(saved) == sorted(wanted):
+        raise ConfigError(
+            f"{name} numbers its classes {', '.join(saved)}, the task numbers them {', '.join(wanted)}. Permute the rows "
+            "of its head and id2label in its config.json, or name a model without this head."
+        )
 
 
 def refuse_frozen_head(model: nn.Module) -> None:

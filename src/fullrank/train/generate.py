@@ -18,10 +18,10 @@ from fullrank.train.prompts import render_prompt
 class GenerateConfig:
     """What ``fullrank generate`` is told."""
 
-    model: str
-    """A run's folder, one of its checkpoints, a model's folder or hub name; with an adapter, its base."""
-    prompt: str
-    """What the model is asked, or the text to classify."""
+    model: str = ""
+    """To be given: a run's folder, one of its checkpoints, a model's folder or hub name; with an adapter, its base."""
+    prompt: str = ""
+    """To be given: what the model is asked, or the text to classify."""
     adapter: str | None = None
     """Folder of an adapter."""
     input: str = ""
@@ -106,7 +106,7 @@ def classify(loaded: Loaded, tokenizer: PreTrainedTokenizerFast, text: str, pair
 
 def _problems(config: GenerateConfig) -> list[str]:
     """What is out of bounds, one sentence each."""
-    problems = []
+    problems = [f"{name} must be given." for name in ("model", "prompt") if not getattr(config, name)]
     for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("temperature", 0.0), ("seed", 0)):
         value = getattr(config, name)
         if not value >= least:
@@ -115,6 +115,4 @@ def _problems(config: GenerateConfig) -> list[str]:
         problems.append(f"top_p must be above 0 and at most 1, got {config.top_p!r}.")
     if config.temperature > 0.0 and config.num_beams > 1:
         problems.append("temperature samples and num_beams searches. Set one of them.")
-    if not config.prompt:
-        problems.append("prompt is empty. Give a text.")
     return problems

@@ -64,7 +64,7 @@ def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, s
             report.keep_metrics(folder, lambda row: row["step"] <= step and not report.is_score(row, step))
         return False
     # Not trainer.evaluate() before train(): the model would then stay outside DDP and ranks drift apart.
-    trainer.args.eval_on_start = start is None
+    trainer.args.eval_on_start = start is None and trainer.eval_dataset is not None
     stop = CleanStop()
     trainer.add_callback(stop)
     try:

@@ -1,9 +1,9 @@
 """Whole examples joined to sequences of one length, of which none sees another's tokens.
 
-A batch tells its examples apart by ``position_ids`` that begin again at 0, without an ``attention_mask``: from that
-transformers makes attention block by block, in every row of a batch. TRL's own collator joins a batch to a single row,
-which the attention masks of ``sdpa`` and ``eager`` pay for with the square of the batch size, and which a distributed
-evaluation cannot take apart again.
+A batch tells its examples apart by ``position_ids`` that begin again at 0: from them transformers makes attention block
+by block, in every row of a batch, as long as there is no ``attention_mask`` and no cache of keys and values. TRL's own
+collator joins a batch to a single row, which the masks of ``sdpa`` and ``eager`` pay for with the square of the batch
+size, and which a distributed evaluation cannot take apart again.
 
 Packing is TRL's, best fit decreasing. An example keeps its tokens and their order; what is left of a row is padding.
 """
@@ -66,7 +66,7 @@ class PackedCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         """Stack rows into int64 tensors of shape (rows, length of the longest, rounded up).
 
         Args:
@@ -74,14 +74,15 @@ class PackedCollator:
 
         Returns:
             ``input_ids``; ``labels``, -100 on padding; ``position_ids``, from 0 in each example, 0 on padding, so that
-            each token of it is alone.
+            each token of it is alone; and ``use_cache``, false, for a model that would keep a cache unasked.
         """
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), -(-longest // MULTIPLE) * MULTIPLE)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, _IGNORED),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
+            "use_cache": False,
         }
         for index, row in enumerate(rows):
             length = len(row["input_ids"])
@@ -122,8 +123,8 @@ def _second_logits(model: PreTrainedModel, first: list[int]) -> Tensor:
     second = [0, 1, 0, 1]
     row = {"input_ids": first + second, "labels": first + second, "seq_lengths": [len(first), len(second)]}
     batch = PackedCollator(0)([row, row])
-    inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    places = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
+    logits: Tensor = model(**places, use_cache=batch["use_cache"]).logits
     return logits[:, len(first) : len(row["input_ids"])]
 
 

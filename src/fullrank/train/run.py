@@ -17,7 +17,7 @@ from fullrank.methods import METHODS, Built, Method
 from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import MethodSteps, Recorder
 from fullrank.train.classifier import build_classifier, refuse_frozen_head
-from fullrank.train.config import DataConfig, GlueConfig, RunConfig
+from fullrank.train.config import DataConfig, GlueConfig, InstructionsConfig, RunConfig
 from fullrank.train.data import load_data
 from fullrank.train.finish import finish
 from fullrank.train.folders import anchored, cache_dir, refuse_unusable
@@ -25,6 +25,7 @@ from fullrank.train.glue import load_glue
 from fullrank.train.instructions import load_instructions
 from fullrank.train.loop import train
 from fullrank.train.model import build_model
+from fullrank.train.packing import require_isolation
 from fullrank.train.prepared import Data
 from fullrank.train.tokenizer import load_tokenizer, named_tokenizer
 from fullrank.train.trainer import make_trainer
@@ -142,7 +143,7 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, data: Data
             sequence_length=config.data.sequence_length,
             seed=config.seed,
         )
-    return build_model(
+    model = build_model(
         config.model,
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -151,6 +152,9 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, data: Data
         sequence_length=config.data.sequence_length,
         seed=config.seed,
     )
+    if isinstance(config.data, InstructionsConfig) and config.data.packing:
+        require_isolation(model)
+    return model
 
 
 def attach_adapters(model: PreTrainedModel, method: Method, config: RunConfig) -> Adapters | None:
