@@ -237,19 +237,17 @@ def test_finetuning_recipe_is_listed_with_its_values(name: str) -> None:
     lr, size, epochs, batch, decay, warmup, published = recipe_row(name)
     method, trainer = config.method, config.trainer
     assert (float(lr), float(decay)) == (method.lr, method.weight_decay)
-    sizes = {
-        "sift": lambda: f"{method.density:g}",
-        "lora": lambda: f"{method.rank}",
-        "full": lambda: "-",
-        "fira": lambda: f"{method.rank} of {method.lora_rank}",
-    }
-    assert size == sizes["fira" if config.method_name == "galore" else config.method_name]()
+    if config.method_name in ("fira", "galore"):
+        assert size == f"{method.rank} of {method.lora_rank}"
+    elif config.method_name == "full":
+        assert size == "-"
+    else:
+        assert float(size) == (method.density if config.method_name == "sift" else method.rank)
     assert float(epochs) == trainer["num_train_epochs"]
-    examples = trainer.get("total_batch_size")
-    if examples is None:
-        examples = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
-    assert int(batch) == examples
-    assert warmup == (f"{trainer['warmup_steps']:.0%}" if trainer["warmup_steps"] < 1 else f"{trainer['warmup_steps']:g}")
+    per_device = trainer["per_device_train_batch_size"]
+    assert int(batch) == (trainer.get("total_batch_size") or per_device * trainer["gradient_accumulation_steps"])
+    steps = trainer["warmup_steps"]
+    assert warmup == (f"{steps:.0%}" if steps < 1 else f"{steps:g}")
     assert f" {published.split(' ')[0]} " in show_recipe(name)
 
 

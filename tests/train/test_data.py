@@ -328,11 +328,11 @@ class TestTokenizer:
 
     def test_without_end_token_is_refused(self, tokenizer, tmp_path: Path, cache: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "bare")
-        with pytest.raises(ConfigError, match=r"has no end token.*set data\.tokenizer to bpe"):
+        with pytest.raises(ConfigError, match=r"has no end token.*Set data\.tokenizer to bpe"):
             load_tokenizer(config_for("unused", tokenizer=str(tmp_path / "bare")), cache_dir=cache)
 
     def test_unknown_name_and_small_vocabulary(self, split_files, cache: Path, offline: None) -> None:
-        with pytest.raises(ConfigError, match=r"'nobody/nothing' is not 'bpe'.*local folder"):
+        with pytest.raises(ConfigError, match=r"'nobody/nothing' is neither a folder.*Set data\.tokenizer to bpe or to a local folder"):
             load_tokenizer(config_for(split_files[0], tokenizer="nobody/nothing"), cache_dir=cache)
         with pytest.raises(ConfigError, match=r"data\.vocab_size must be at least 259 .* got 100"):
             load_tokenizer(config_for(split_files[0], vocab_size=100), cache_dir=cache)

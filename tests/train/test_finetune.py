@@ -307,3 +307,18 @@ def test_help_shows_the_options_of_the_task(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "--data.train_on_inputs" not in said
     assert "--method.density" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bfloat16_on_a_gpu(method: str, place: Path, tmp_path: Path) -> None:
+    content = instructions(place / "base", place / "rows.json", tmp_path / "run", method, use_cpu=False, bf16=True)
+    content["model"]["dtype"] = "bfloat16"
+    result = finetune(resolve(content))
+    assert result is not None
+    assert result["scores"]["loss"] < 0.9 * result["scores_before"]["loss"]
+    scored = ("--data.boolq", place / "rows.json", "--protocol", "generate", "--prompt_template", "plain")
+    folder = tmp_path / "eval"
+    assert command("evaluate", "--model", tmp_path / "run", "--tasks", "boolq", *scored, "--output_dir", folder) == 0
+    assert json.loads((folder / "eval.json").read_text())["tasks"]["boolq"]["num_examples"] == 48

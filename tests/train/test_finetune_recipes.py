@@ -206,9 +206,7 @@ def test_recipe_is_the_authors_setting(name: str) -> None:
     assert (trainer["max_grad_norm"], config.seed, config.data.seed) == (1.0, 42, 42)
     assert config.data.tokenizer is None, "the model's own"
     assert config.data.max_examples is None
-    text = show_recipe(f"finetune/{name}")
-    assert f": {published.score} (" in text
-    assert "comes later" not in text
+    assert f": {published.score} (" in show_recipe(f"finetune/{name}")
 
 
 @pytest.mark.parametrize("name", SIFTS)
@@ -263,8 +261,7 @@ def test_commonsense_recipe_reads_as_the_authors_program(method: str) -> None:
     assert ", ".join(f"{task} {score}" for task, score in zip(columns, scores, strict=True)) in text
     mean = sum(map(float, scores)) / len(scores)
     assert mean == pytest.approx(FINETUNE[f"commonsense-7b-{method}"].score, abs=0.051), "the paper's own average"
-    if method == "lora":
-        assert "Assumed" in text
+    assert ("Assumed" in text) == (method == "lora")
 
 
 def test_the_limiter_of_fira_has_its_floor() -> None:
@@ -285,17 +282,16 @@ def test_lora_trains_its_factors_alone(name: str) -> None:
 
 
 def test_fira_and_galore_project_the_factors() -> None:
-    """State of the projected factors of LLaMA-7B: two moments of half their size, a basis, and the limiter's norm."""
+    """State of the projected factors of LLaMA-7B: two moments of half their size, and a basis."""
     factors = factors_of("commonsense-7b-fira")
     numbers = sum(factor.numel() for factor in factors.values())
     assert numbers == factors_numel(32, FIVE, *LLAMA["7b"][:3])
     assert numbers / 6_738_415_616 == pytest.approx(0.0083, abs=0.0001), "0.83% of LLaMA-7B"
     base = meta_pretrained("commonsense-7b-fira")
     states = {m: METHODS[m].state_bytes(base, resolved(f"finetune/commonsense-7b-{m}").method) for m in COMMONSENSE}
-    galore = 4 * (2 * numbers // 2 + len(factors) * 32 * 16)
-    assert states["galore"] == pytest.approx(galore, abs=16 * len(factors))
-    assert states["fira"] - states["galore"] == 4 * len(factors)
-    assert states["lora"] == pytest.approx(2 * 4 * numbers, rel=1e-3)
+    assert states["galore"] == 4 * (2 * numbers // 2 + len(factors) * 32 * 16) + 4 * len(factors), "and a counter each"
+    assert states["fira"] - states["galore"] == 4 * len(factors), "the limiter's norm"
+    assert states["fira"] == pytest.approx(states["lora"] / 2, rel=0.01)
 
 
 def factors_numel(rank: int, modules: list[str], width: int, intermediate: int, layers: int) -> int:
@@ -339,11 +335,10 @@ def test_what_trains_is_what_the_paper_counts(name: str) -> None:
 def test_sift_takes_the_memory_of_the_paper() -> None:
     """Gradient and states of LLaMA-7B at 5% against Table 1 of the paper: 0.626 and 2.51 GiB.
 
-    The paper takes 5% of every weight of the model: of its 12.55 GiB of gradients and 50.21 GiB of float32 moments.
-    But embeddings, norms and head are frozen, so the entries that train, 0.32 B as in its own Table 3, are 5%
-    of 6.48 B, not of 6.74 B: counted as the paper counts, bfloat16 gradients and two float32 moments, ours take 4%
-    less than it prints. What is really held is more: float32 gradients (its code has bfloat16 ones, and bfloat16
-    moments too), the float32 values, the index, and what the entries were at first, which lies on the host.
+    The paper takes 5% of every weight: of its 12.55 GiB of gradients and 50.21 GiB of float32 moments. But embeddings,
+    norms and head are frozen, so what trains, 0.32 B as in its own Table 3, is 5% of 6.48 B, not of 6.74 B: counted as
+    the paper counts, bfloat16 gradients and two float32 moments, ours take 4% less than it prints. What is really held
+    is more: float32 gradients, the float32 values, the index, and what the entries were at first (on the host).
     """
     model, (entries, _, _) = meta_pretrained("alpaca-7b-sift"), sparse_numbers("alpaca-7b-sift")
     total = sum(parameter.numel() for parameter in model.parameters())

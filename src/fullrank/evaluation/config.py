@@ -65,5 +65,7 @@ class EvaluateConfig:
     """HumanEval: probability mass that is sampled from; without effect at temperature 0."""
     max_new_tokens: int = 512
     """HumanEval: longest program (tokens)."""
+    humaneval_template: str | None = None
+    """HumanEval: text around a problem's prompt, with {prompt} in its place; null: the prompt alone."""
     allow_code_execution: bool = False
     """HumanEval: run the programs that the model wrote on this machine, confined as docs/evaluation.md says."""

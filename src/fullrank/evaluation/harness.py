@@ -106,8 +106,7 @@ def _manager(task: str) -> Any:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    # it logs each file, dataset and default; what matters is in eval.json
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    quiet()
     folder = "mmlu/default" if task.startswith("mmlu_") else _FOLDERS.get(task, task)
     root = Path(lm_eval.__file__).parent / "tasks"
     return TaskManager(include_path=str(root / folder), include_defaults=False)
@@ -117,6 +116,21 @@ def _prepared(task: Any, num_fewshot: int) -> Any:
     task.set_config(key="num_fewshot", value=num_fewshot)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return task
+
+
+def wrap(evaluated: Evaluated) -> Any:
+    """A model as the harness calls it (``HFLM``), with its data type and device as they are."""
+    from lm_eval.models.huggingface import HFLM
+
+    quiet()
+    return HFLM(
+        pretrained=evaluated.model, tokenizer=evaluated.tokenizer, backend="causal", batch_size=evaluated.batch_size
+    )
+
+
+def quiet() -> None:
+    """Keep the harness from logging each file, dataset and default: what matters is in eval.json."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def rank(task: Any, evaluated: Evaluated, *, limit: int | None) -> Outcome:
@@ -131,11 +145,8 @@ def rank(task: Any, evaluated: Evaluated, *, limit: int | None) -> Outcome:
         The task's metrics; ``acc_norm``, by the length of the answer, stands for it where the harness has it.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(
-        pretrained=evaluated.model, tokenizer=evaluated.tokenizer, backend="causal", batch_size=evaluated.batch_size
-    )
+    wrapped = wrap(evaluated)
     name = task.task_name
     found = evaluate(wrapped, {"tasks": {name: task}, "groups": {}}, limit=limit, log_samples=False)["results"][name]
     values = {key.partition(",")[0]: value for key, value in found.items() if "," in key}

@@ -63,7 +63,7 @@ def _from_file(data: str) -> list[Problem]:
     opener = gzip.open if files[0].suffix == ".gz" else open
     try:
         with opener(files[0], "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+            lines = file.read().split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ConfigError(f"{data} cannot be read: {error}. Copy the file again.") from error
     rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())

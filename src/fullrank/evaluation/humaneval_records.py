@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fullrank.errors import ConfigError
+from fullrank.train.report import write_whole
 
 SETTINGS = "settings"
 
@@ -44,17 +45,21 @@ class Records:
         self.samples: dict[tuple[str, int], Sample] = {}
         if path is None:
             return
-        lines = _whole_lines(path)
-        if lines:
-            self._read(path, lines, settings)
-        else:
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({SETTINGS: settings}) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps({SETTINGS: settings}) + "\n")
+            return
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        self._read(path, data[:whole].decode("utf-8", "replace").split("\n")[:-1], settings)
+        if whole < len(data):
+            with path.open("r+b") as file:
+                file.truncate(whole)
 
     def _read(self, path: Path, lines: list[str], settings: dict[str, Any]) -> None:
-        head = _parse(lines[0], f"{path}, row 1").get(SETTINGS)
+        head = _parse(lines[0], f"{path}, row 1").get(SETTINGS) if lines else None
         if not isinstance(head, dict):
-            raise ConfigError(f"{path}, row 1: field {SETTINGS!r} is missing: these are not samples. Name another file.")
+            raise ConfigError(f"{path}, row 1: field {SETTINGS!r} is missing: these are no samples. Name another file.")
         names = [name for name in {**head, **settings} if head.get(name) != settings.get(name)]
         if names:
             differences = "; ".join(f"{name} was {head.get(name)!r}, is {settings.get(name)!r}" for name in names)
@@ -76,24 +81,6 @@ class Records:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(sample)) + "\n")
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file; what a stop left of a last one is removed from it."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        lines = whole.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a file of samples: {error}. Name another file.") from error
-    if len(whole) < len(data):
-        if lines and SETTINGS not in _parse(lines[0], f"{path}, row 1"):
-            raise ConfigError(f"{path}, row 1: field {SETTINGS!r} is missing: these are not samples. Name another file.")
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return lines
 
 
 def _parse(line: str, place: str) -> dict[str, Any]:

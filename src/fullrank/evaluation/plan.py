@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from fullrank.errors import ConfigError
-from fullrank.evaluation import commonsense, harness, mmlu, scored
+from fullrank.evaluation import commonsense, harness, humaneval, mmlu, scored
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.generate import generate_answers
+from fullrank.evaluation.humaneval_problems import content, load_problems
+from fullrank.evaluation.sandbox import run_program
 from fullrank.evaluation.tasks import COMMONSENSE, GLUE, KINDS, expand, kind_of
-from fullrank.evaluation.unit import Unit
+from fullrank.evaluation.unit import Evaluated, Outcome, Unit
 from fullrank.train.data import load_scored
 from fullrank.train.folders import cache_dir, refuse_unusable
 from fullrank.train.glue import load_glue_validation
@@ -64,7 +66,7 @@ def together(problems: list[str]) -> ConfigError:
 def _wrong_settings(config: EvaluateConfig) -> list[str]:
     """What is wrong with settings that do not depend on a task."""
     problems = [f"{name} must be given, got ''." for name in ("model", "output_dir") if not getattr(config, name)]
-    for name in ("limit", "batch_size", "num_beams", "answer_tokens", "num_samples", "max_new_tokens", "num_tokens"):
+    for name in ("limit", "batch_size", "num_beams", "answer_tokens", "num_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             problems.append(f"{name} must be at least 1, got {value}. Raise it.")
@@ -118,7 +120,7 @@ def _perplexity(config: EvaluateConfig, task: str) -> Unit:
         protocol="token mean",
         settings={**shown, "limit": config.limit},
         data={"source": settings.name, "content": scored.stamp_of(settings)},
-        read=lambda tokenizer: load_scored(settings, tokenizer, cache_dir=cache_dir()),
+        fit=lambda evaluated: load_scored(settings, evaluated.tokenizer, cache_dir=cache_dir()),
         run=partial(scored.score_perplexity, settings, limit=config.limit),
     )
 
@@ -130,7 +132,7 @@ def _glue(config: EvaluateConfig, task: str) -> Unit:
         protocol="classifier",
         settings={"sequence_length": settings.sequence_length, "limit": config.limit},
         data={"source": settings.name, "content": scored.stamp_of(settings)},
-        read=lambda tokenizer: load_glue_validation(settings, tokenizer, cache_dir=cache_dir()),
+        fit=lambda evaluated: load_glue_validation(settings, evaluated.tokenizer, cache_dir=cache_dir()),
         run=partial(scored.score_glue, settings, limit=config.limit),
     )
 
@@ -209,6 +211,48 @@ def _mmlu(config: EvaluateConfig, task: str) -> Unit:
     )
 
 
+def _humaneval(config: EvaluateConfig, task: str) -> Unit:
+    names = ("num_samples", "temperature", "top_p", "max_new_tokens")
+    asked = {name: getattr(config, name) for name in names}
+    template = config.humaneval_template
+    humaneval.check_settings(**asked, allow_code_execution=config.allow_code_execution, prompt_template=template)
+    _require_harness()
+    path = config.data.get(task)
+    read = cache(partial(load_problems, path, limit=config.limit))
+    return Unit(
+        task=task,
+        protocol="execution",
+        # samples are drawn a batch at a time
+        settings={**asked, **{n: getattr(config, n) for n in ("humaneval_template", "limit", "seed", "batch_size")}},
+        data={"source": HUB} if path is None else {"source": path, "content": content(read())},
+        prepare=lambda: (read(), run_program("")),
+        fit=lambda evaluated: humaneval.check_model(
+            harness.wrap(evaluated), read(), max_new_tokens=config.max_new_tokens, prompt_template=template
+        ),
+        run=partial(_run_humaneval, config, asked),
+    )
+
+
+def _run_humaneval(config: EvaluateConfig, asked: dict[str, Any], evaluated: Evaluated) -> Outcome:
+    found = humaneval.evaluate_humaneval(
+        harness.wrap(evaluated),
+        data=config.data.get("humaneval"),
+        limit=config.limit,
+        seed=config.seed,
+        allow_code_execution=config.allow_code_execution,
+        records=Path(config.output_dir) / "humaneval.jsonl",
+        prompt_template=config.humaneval_template,
+        **asked,
+    )
+    return Outcome(
+        metrics={name: value for name, value in found.items() if name.startswith("pass@")},
+        metric="pass@1",
+        num_examples=found["num_problems"],
+        stderr=found["stderr"],
+        details={"reasons": found["reasons"]},
+    )
+
+
 def _from_hub(config: EvaluateConfig, task: str) -> Unit:
     """A task of lm-evaluation-harness as it stands; its data is fetched before any model runs."""
     _require_harness()
@@ -241,5 +285,6 @@ _PLANS: dict[str, Callable[[EvaluateConfig, str], Unit]] = {
     "perplexity": _perplexity,
     "commonsense": _commonsense,
     "mmlu": _mmlu,
+    "humaneval": _humaneval,
     "glue": _glue,
 }

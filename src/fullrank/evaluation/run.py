@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     record.claim(describe(config, loaded))
     _warn_of_template(loaded, config, pending)
     evaluated = _on_device(loaded, config)
-    _try_all([partial(unit.read, evaluated.tokenizer) for unit in pending])
+    _try_all([partial(unit.fit, evaluated) for unit in pending])
     for number, unit in enumerate(pending, start=1):
         logger.info("%s (%d of %d)", unit.task, number, len(pending))
         start = time.perf_counter()

@@ -56,7 +56,7 @@ class Unit:
     run: Callable[[Evaluated], Outcome]
     prepare: Callable[[], object] = lambda: None
     """Fetch what the task needs; called before a model is loaded, unless the task is done already."""
-    read: Callable[[PreTrainedTokenizerFast], object] = lambda _: None
-    """Read what needs a tokenizer to be read; called before any model runs, unless the task is done already."""
+    fit: Callable[[Evaluated], object] = lambda _: None
+    """Check the data against the model and its tokenizer; called before it runs, unless the task is done already."""
     note: str = ""
     """What a reader of the number must know."""

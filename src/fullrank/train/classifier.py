@@ -85,8 +85,8 @@ def refuse_other_order(network: Any, label_names: tuple[str, ...], *, name: str)
     wanted = tuple(label.lower() for label in label_names)
     if saved != wanted and sorted(saved) == sorted(wanted):
         raise ConfigError(
-            f"{name} numbers its classes {', '.join(saved)}, the task numbers them {', '.join(wanted)}. Permute the rows "
-            "of its head and id2label in its config.json, or name a model without this head."
+            f"{name} numbers its classes {', '.join(saved)}, the task numbers them {', '.join(wanted)}. Permute "
+            "the rows of its head and id2label in its config.json, or name a model without this head."
         )
 
 
