@@ -187,6 +187,12 @@ def test_other_settings_in_one_folder_are_refused(
     assert (tmp_path / "out" / "eval.json").read_bytes() == before
 
 
+def test_few_of_many_differences_are_told(place: Path, tmp_path: Path) -> None:
+    evaluate(asked(place, tmp_path / "out", "commonsense", limit=1))
+    with pytest.raises(ConfigError, match=r"limit 1, not 2; and 5 more\. Choose"):
+        evaluate(asked(place, tmp_path / "out", "commonsense", limit=2))
+
+
 def test_other_settings_for_another_kind_are_fine(place: Path, tmp_path: Path) -> None:
     evaluate(asked(place, tmp_path / "out", "piqa", limit=1))
     result = evaluate(asked(place, tmp_path / "out", "mmlu_anatomy", num_fewshot=5))

@@ -2,7 +2,8 @@
 
 As in lm-evaluation-harness, whose model wrapper generates here: the prompt is the problem's own, a program ends at the
 first of `STOP`, and prompt, completion and test make one source that must come to its end. pass@k is the paper's
-unbiased estimate (its equation 1). The programs run in `sandbox.py`'s sandbox, 3 seconds each as in the authors' harness.
+unbiased estimate (its equation 1). The programs run in the sandbox of `sandbox.py`, for at most 3 seconds each as in
+the authors' harness.
 
 How the SIFT paper measured its HumanEval numbers is not in its repository, which has no code for it: number of samples,
 temperature, nucleus, length and prompt are unknown, and a number of ours beside theirs may differ by that alone.

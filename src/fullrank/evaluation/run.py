@@ -21,6 +21,8 @@ from fullrank.train.load import Loaded, load_trained
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 3  # differences that are told; of MMLU there may be 57
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a model on the tasks that ``output_dir`` does not have yet.
@@ -61,9 +63,10 @@ def _pending(units: list[Unit], record: Record) -> list[Unit]:
     """The tasks that the folder does not have; those it has must have been run in the same way."""
     differences = list(dict.fromkeys(line for unit in units for line in record.differences(unit)))
     if differences:
+        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ConfigError(
-            f"{record.folder / FILE} holds results obtained otherwise: {'; '.join(differences)}. Choose another "
-            "output_dir, or ask for the same."
+            f"{record.folder / FILE} holds results obtained otherwise: {'; '.join(differences[:_SHOWN])}"
+            f"{more}. Choose another output_dir, or ask for the same."
         )
     pending = [unit for unit in units if unit.task not in record.tasks]
     if len(pending) < len(units):
