@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import zipfile
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fullrank.train.tokenizer import train_bpe
-
-SHARED = Path(os.environ.get("FULLRANK_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+from fullrank.train.data.tokenizer import train_bpe
 
 FOLDERS = {
     "boolq": "boolq",

@@ -13,7 +13,8 @@ from fullrank.errors import ConfigError
 from fullrank.evaluation.commonsense import find, parse, read
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.tasks import COMMONSENSE
-from tests.evaluation.made import FOLDERS, HUB, LOCAL, SHARED, local_row, write_commonsense
+from tests.evaluation.made import FOLDERS, HUB, LOCAL, local_row, write_commonsense
+from tests.shared_data import SHARED
 
 ADAPTERS = SHARED / "commonsense" / "llm-adapters"
 SIZES = {

@@ -11,7 +11,7 @@ import torch
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.generate import find_answer, generate_answers
 from fullrank.evaluation.unit import Evaluated
-from fullrank.train.prompts import render_prompt
+from fullrank.train.data.prompts import render_prompt
 from tests.evaluation.made import LOCAL, local_row, make_model, make_tokenizer
 
 

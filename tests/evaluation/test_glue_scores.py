@@ -14,7 +14,7 @@ from fullrank.errors import ConfigError
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.run import evaluate
 from tests.evaluation.made import write_model
-from tests.train.glue_files import HUB_LABELS, make_content, word_tokenizer, write_official
+from tests.train.data.glue_files import HUB_LABELS, make_content, word_tokenizer, write_official
 
 metrics = pytest.importorskip("sklearn.metrics")
 

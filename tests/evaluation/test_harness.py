@@ -17,13 +17,13 @@ from fullrank.evaluation.tasks import CATEGORIES, COMMONSENSE, MMLU
 from fullrank.evaluation.unit import Evaluated
 from tests.evaluation.made import (
     HUB,
-    SHARED,
     local_row,
     make_model,
     make_tokenizer,
     mmlu_rows,
     write_mmlu,
 )
+from tests.shared_data import SHARED
 
 OWN_NAMES = {"social_i_qa": "social_iqa"}
 OWN_FOLDERS = {"boolq": "super_glue/boolq", "social_i_qa": "siqa", "arc_easy": "arc", "arc_challenge": "arc"}

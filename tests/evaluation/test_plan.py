@@ -177,7 +177,7 @@ def test_glue_files(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    from fullrank.train.tokenizer import train_bpe
+    from fullrank.train.data.tokenizer import train_bpe
 
     folder = write_model(tmp_path / "model")
     text = write_text(tmp_path / "text.jsonl", documents=200)

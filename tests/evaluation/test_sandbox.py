@@ -286,7 +286,7 @@ HARMS = (
     "import os; os.chdir({folder!r}); os.remove('file')",
     "import tempfile; tempfile.NamedTemporaryFile(dir={folder!r}, delete=False)",
     "import dbm.dumb as d; d.open({folder!r} + '/new', 'n')",
-    "import ssl; ssl.create_default_context().keylog_filename = {path!r}",
+    "import ssl; ssl.create_default_context().keylog_filename = {folder!r} + '/new'",
     "import io, os; io.FileIO(os.path.relpath({path!r}), 'w')",
     # attempts to blind the hook
     "import builtins\nfor n in ('type', 'str', 'bytes', 'int', 'next'): setattr(builtins, n, lambda *a: 0)\n"

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from tests.evaluation.made import write_model
-from tests.train.glue_files import word_tokenizer, write_official
+from tests.train.data.glue_files import word_tokenizer, write_official
 from tests.train.tiny import METHOD_OPTIONS
 
 TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]

@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fullrank import METHODS, Built, CheckpointError, ConfigError, TrainingError
 from fullrank.train import checkpoint
-from fullrank.train.data import load_data, load_tokenizer
+from fullrank.train.data.sequences import load_data
+from fullrank.train.data.tokenizer import load_tokenizer
+from fullrank.train.folders import cache_dir
 from fullrank.train.report import read_metrics
 from fullrank.train.resolve import resolve
-from fullrank.train.run import cache_dir, pretrain
+from fullrank.train.run import pretrain
 from tests.train.tiny import METHOD_OPTIONS, assert_same_run, recipe, write_text
 
 

@@ -68,4 +68,4 @@ class EvaluateConfig:
     humaneval_template: str | None = None
     """HumanEval: text around a problem's prompt, with {prompt} in its place; null: the prompt alone."""
     allow_code_execution: bool = False
-    """HumanEval: run the programs that the model wrote on this machine, confined as docs/evaluation.md says."""
+    """HumanEval: run the programs that the model wrote on this machine, confined as docs/evaluate.md says."""

@@ -22,7 +22,7 @@ from transformers.utils import logging as progress
 from fullrank.evaluation.commonsense import answers
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.unit import Evaluated, Outcome
-from fullrank.train.prompts import render_prompt
+from fullrank.train.data.prompts import render_prompt
 
 _RESPONSE = "### Response:"
 

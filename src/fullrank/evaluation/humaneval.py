@@ -32,8 +32,8 @@ from fullrank.evaluation.humaneval_problems import Problem, content, load_proble
 from fullrank.evaluation.humaneval_records import Records, Sample
 from fullrank.evaluation.model import content_hash
 from fullrank.evaluation.sandbox import Outcome, run_program
+from fullrank.train.data.sources import fingerprint
 from fullrank.train.load import Loaded
-from fullrank.train.sources import fingerprint
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion ends: lm-evaluation-harness's humaneval.yaml, which is the paper's list."""

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from fullrank.errors import ConfigError
-from fullrank.train.sources import find_files, fingerprint
+from fullrank.train.data.sources import find_files, fingerprint
 
 HUB = "openai/openai_humaneval"
 FIELDS = ("task_id", "prompt", "entry_point", "test")

@@ -19,7 +19,7 @@ from fullrank.evaluation.published import VANILLA, base_of
 from fullrank.evaluation.scored import check_scored
 from fullrank.evaluation.tasks import kind_of
 from fullrank.evaluation.unit import Unit
-from fullrank.train.glue import TASKS
+from fullrank.train.data.glue import TASKS
 from fullrank.train.load import Loaded
 
 

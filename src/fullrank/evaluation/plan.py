@@ -19,11 +19,11 @@ from fullrank.evaluation.humaneval_problems import content, load_problems
 from fullrank.evaluation.sandbox import run_program
 from fullrank.evaluation.tasks import COMMONSENSE, GLUE, KINDS, expand, kind_of
 from fullrank.evaluation.unit import Evaluated, Outcome, Unit
-from fullrank.train.data import load_scored
+from fullrank.train.data.glue import load_glue_validation
+from fullrank.train.data.sequences import load_scored
+from fullrank.train.data.sources import fingerprint
 from fullrank.train.folders import cache_dir, refuse_unusable
-from fullrank.train.glue import load_glue_validation
 from fullrank.train.report import num_processes
-from fullrank.train.sources import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from fullrank.errors import ConfigError
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.unit import Evaluated, Outcome
 from fullrank.train.config import DataConfig, GlueConfig
-from fullrank.train.data import load_scored
+from fullrank.train.data.glue import TASKS, load_glue_validation
+from fullrank.train.data.glue_metrics import GlueScore, find_metrics
+from fullrank.train.data.glue_rows import find_validation
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.sequences import load_scored
+from fullrank.train.data.sources import find_source, fingerprint
 from fullrank.train.folders import cache_dir
-from fullrank.train.glue import TASKS, load_glue_validation
-from fullrank.train.glue_metrics import GlueScore, find_metrics
-from fullrank.train.glue_rows import find_validation
-from fullrank.train.prepared import Data
-from fullrank.train.sources import find_source, fingerprint
 
 PAPER_LENGTH = 256
 """Sequence length at which the papers report perplexity (tokens)."""

@@ -13,7 +13,7 @@ from fullrank import memory
 from fullrank.methods import Built
 from fullrank.train import report
 from fullrank.train.config import RunConfig
-from fullrank.train.prepared import Data
+from fullrank.train.data.prepared import Data
 from fullrank.train.trainer import keeps_best
 
 if TYPE_CHECKING:

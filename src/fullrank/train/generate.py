@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.params import is_classifier
+from fullrank.train.data.prompts import render_prompt
 from fullrank.train.load import Loaded, load_trained
-from fullrank.train.prompts import render_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,16 @@ from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import MethodSteps, Recorder
 from fullrank.train.classifier import build_classifier, refuse_frozen_head
 from fullrank.train.config import DataConfig, GlueConfig, InstructionsConfig, RunConfig
-from fullrank.train.data import load_data
+from fullrank.train.data.glue import load_glue
+from fullrank.train.data.instructions import load_instructions
+from fullrank.train.data.packing import require_isolation
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.sequences import load_data
+from fullrank.train.data.tokenizer import load_tokenizer, named_tokenizer
 from fullrank.train.finish import finish
 from fullrank.train.folders import anchored, cache_dir, refuse_unusable
-from fullrank.train.glue import load_glue
-from fullrank.train.instructions import load_instructions
 from fullrank.train.loop import train
 from fullrank.train.model import build_model
-from fullrank.train.packing import require_isolation
-from fullrank.train.prepared import Data
-from fullrank.train.tokenizer import load_tokenizer, named_tokenizer
 from fullrank.train.trainer import make_trainer
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from fullrank.errors import ConfigError
 from fullrank.methods import Built
 from fullrank.train.callbacks import ProgressBar
 from fullrank.train.config import RunConfig
-from fullrank.train.prepared import Data
+from fullrank.train.data.prepared import Data
 
 logger = logging.getLogger(__name__)
 

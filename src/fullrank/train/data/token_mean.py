@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from fullrank.train.prepared import Scoring
+from fullrank.train.data.prepared import Scoring
 
 
 def sequence_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import InstructionsConfig
-from fullrank.train.prompts import TRAINING_TEMPLATES, render_prompt
-from tests.train.instructing import MARKED, make_tokenizer
+from fullrank.train.data.prompts import TRAINING_TEMPLATES, render_prompt
+from tests.train.data.instructing import MARKED, make_tokenizer
 
 BARE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 PAIRED = (

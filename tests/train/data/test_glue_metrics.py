@@ -19,10 +19,10 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import GlueConfig
-from fullrank.train.glue import TASKS, load_glue, load_glue_validation
-from fullrank.train.glue_metrics import make_scoring, outputs_alone
-from fullrank.train.prepared import Data
-from tests.train.glue_files import make_content, word_tokenizer, write_official
+from fullrank.train.data.glue import TASKS, load_glue, load_glue_validation
+from fullrank.train.data.glue_metrics import make_scoring, outputs_alone
+from fullrank.train.data.prepared import Data
+from tests.train.data.glue_files import make_content, word_tokenizer, write_official
 
 ORACLES: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy_score,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import GlueConfig
-from fullrank.train.glue import TASKS, load_glue, load_glue_validation
-from fullrank.train.prepared import Data
-from tests.train.glue_files import (
+from fullrank.train.data.glue import TASKS, load_glue, load_glue_validation
+from fullrank.train.data.prepared import Data
+from tests.shared_data import SHARED
+from tests.train.data.glue_files import (
     FOLDERS,
     HUB_LABELS,
     Example,
@@ -28,8 +28,6 @@ from tests.train.glue_files import (
     write_dataset,
     write_official,
 )
-
-SHARED = Path(os.environ.get("FULLRANK_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "glue"
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +291,7 @@ def test_the_tokenizer_is_left_alone(tmp_path: Path) -> None:
 )
 def test_the_real_files(task: str, num_train: int, num_validation: int, positive: int | None, tmp_path: Path) -> None:
     """The published counts; this copy of MRPC lacks one training pair."""
-    data = load_glue(config_for(task, SHARED, sequence_length=128), word_tokenizer(), cache_dir=tmp_path)
+    data = load_glue(config_for(task, SHARED / "glue", sequence_length=128), word_tokenizer(), cache_dir=tmp_path)
     assert data.validation is not None
     assert (len(data.train), len(data.validation)) == (num_train, num_validation)
     labels = data.train["labels"][:]

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import DataConfig
-from fullrank.train.data import Collator, Data, load_data, load_tokenizer
-from fullrank.train.pythondocs import python_documents, write_python_docs
-from fullrank.train.sources import Source, read_documents
-from fullrank.train.text import load_text
-from fullrank.train.tokenizer import train_bpe
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.pythondocs import python_documents, write_python_docs
+from fullrank.train.data.sequences import Collator, load_data
+from fullrank.train.data.sources import Source, read_documents
+from fullrank.train.data.text import load_text
+from fullrank.train.data.tokenizer import load_tokenizer, train_bpe
 
 LENGTH = 16
 WORDS = ["model", "learns", "low", "rank", "gradient", "weights", "subspace", "norm", "growth", "limiter", "of"]
@@ -302,7 +303,7 @@ class TestTokenizer:
         for text in ("A model\n\n  learns: naïve 東京 🙂\t", *make_documents(3)):
             ids = trained(text, add_special_tokens=False)["input_ids"]
             assert trained.decode(ids, clean_up_tokenization_spaces=False) == text
-        monkeypatch.setattr("fullrank.train.tokenizer.train_bpe", None)  # calling it again would raise
+        monkeypatch.setattr("fullrank.train.data.tokenizer.train_bpe", None)  # calling it again would raise
         assert load_tokenizer(config, cache_dir=cache).get_vocab() == trained.get_vocab()
         folders = list((cache / "tokenizers").iterdir())
         assert len(folders) == 1
@@ -332,7 +333,7 @@ class TestTokenizer:
             load_tokenizer(config_for("unused", tokenizer=str(tmp_path / "bare")), cache_dir=cache)
 
     def test_unknown_name_and_small_vocabulary(self, split_files, cache: Path, offline: None) -> None:
-        with pytest.raises(ConfigError, match=r"'nobody/nothing' is neither a folder.*Set data\.tokenizer to bpe or to a local folder"):
+        with pytest.raises(ConfigError, match=r"'nobody/nothing' is neither.*Set data\.tokenizer to bpe or"):
             load_tokenizer(config_for(split_files[0], tokenizer="nobody/nothing"), cache_dir=cache)
         with pytest.raises(ConfigError, match=r"data\.vocab_size must be at least 259 .* got 100"):
             load_tokenizer(config_for(split_files[0], vocab_size=100), cache_dir=cache)

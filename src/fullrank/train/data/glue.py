@@ -21,11 +21,11 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import GlueConfig
-from fullrank.train.glue_metrics import find_metrics, make_scoring
-from fullrank.train.glue_rows import Examples, find_train, find_validation, read_examples
-from fullrank.train.glue_tasks import TASKS, GlueTask
-from fullrank.train.prepared import Data
-from fullrank.train.sources import Source, fingerprint
+from fullrank.train.data.glue_metrics import find_metrics, make_scoring
+from fullrank.train.data.glue_rows import Examples, find_train, find_validation, read_examples
+from fullrank.train.data.glue_tasks import TASKS, GlueTask
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.sources import Source, fingerprint
 
 __all__ = ["TASKS", "GlueTask", "load_glue", "load_glue_validation"]
 

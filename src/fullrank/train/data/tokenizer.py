@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import TRAINED, DataConfig
-from fullrank.train.sources import fingerprint
-from fullrank.train.text import load_text
+from fullrank.train.data.sources import fingerprint
+from fullrank.train.data.text import load_text
 
 logger = logging.getLogger(__name__)
 

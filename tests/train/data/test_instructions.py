@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
-from fullrank.train.instructions import load_instructions
-from fullrank.train.prepared import Data
-from fullrank.train.prompts import render_prompt
-from tests.train.instructing import config_for, learned, make_rows, make_tokenizer, write_rows
+from fullrank.train.data.instructions import load_instructions
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.prompts import render_prompt
+from tests.shared_data import SHARED
+from tests.train.data.instructing import config_for, learned, make_rows, make_tokenizer, write_rows
 
-SHARED = Path(os.environ.get("FULLRANK_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 Load = Callable[..., Data]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fullrank.errors import UnsupportedError
-from fullrank.train.sources import fingerprint
+from fullrank.train.data.sources import fingerprint
 
 MULTIPLE = 8
 """Lengths of batches are rounded up to this, which matrix units like (tokens)."""

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from fullrank.errors import UnsupportedError
-from fullrank.train.evaluate import sequence_losses
-from fullrank.train.instructions import load_instructions
-from fullrank.train.packing import PackedCollator, require_isolation
-from fullrank.train.prepared import Data
-from tests.train.instructing import config_for, make_tokenizer, write_rows
+from fullrank.train.data.instructions import load_instructions
+from fullrank.train.data.packing import PackedCollator, require_isolation
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.token_mean import sequence_losses
+from tests.train.data.instructing import config_for, make_tokenizer, write_rows
 
 LENGTH = 32
 VOCABULARY = 320

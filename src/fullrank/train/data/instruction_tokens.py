@@ -23,8 +23,8 @@ from datasets import Features, List, Value
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from fullrank.train.instruction_rows import Rows
-from fullrank.train.instruction_texts import Example, Writer
+from fullrank.train.data.instruction_rows import Rows
+from fullrank.train.data.instruction_texts import Example, Writer
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""

@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
-from fullrank.train.instructions import load_instructions
-from fullrank.train.prompts import render_prompt
-from tests.train.instructing import FORGETFUL, MARKED, PLAIN, config_for, learned, make_tokenizer, write_rows
+from fullrank.train.data.instructions import load_instructions
+from fullrank.train.data.prompts import render_prompt
+from tests.train.data.instructing import FORGETFUL, MARKED, PLAIN, config_for, learned, make_tokenizer, write_rows
 
 Row = dict[str, list[int]]
 

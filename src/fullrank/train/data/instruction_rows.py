@@ -18,7 +18,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetsError
 
 from fullrank.errors import ConfigError
-from fullrank.train.sources import Source, fingerprint, kind_of, open_rows
+from fullrank.train.data.sources import Source, fingerprint, kind_of, open_rows
 
 _SHOWN = 60  # characters of a wrong value that an error shows
 _PARSED = ("json", "csv")  # kinds of files that are read here

@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetsError
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import PYTHON_DOCS, DataConfig, InstructionsConfig
-from fullrank.train.pythondocs import write_python_docs
+from fullrank.train.data.pythondocs import write_python_docs
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import InstructionsConfig
-from fullrank.train.instruction_rows import Row, Rows
-from fullrank.train.prompts import CHAT, chat_tokenizer, render_prompt, user_message
+from fullrank.train.data.instruction_rows import Row, Rows
+from fullrank.train.data.prompts import CHAT, chat_tokenizer, render_prompt, user_message
 
 _FIELDS = {
     "instruction": ("instruction", "output"),

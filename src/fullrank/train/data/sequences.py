@@ -27,13 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import DataConfig
-from fullrank.train.evaluate import TOKEN_MEAN
-from fullrank.train.prepared import Data
-from fullrank.train.sources import fingerprint
-from fullrank.train.text import load_scored_text, load_text
-from fullrank.train.tokenizer import load_tokenizer
-
-__all__ = ["Collator", "Data", "load_data", "load_scored", "load_tokenizer"]
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.sources import fingerprint
+from fullrank.train.data.text import load_scored_text, load_text
+from fullrank.train.data.token_mean import TOKEN_MEAN
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 _BLOCK = 1_000  # documents that are packed together

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from fullrank.train.config import InstructionsConfig
-from fullrank.train.tokenizer import train_bpe
+from fullrank.train.data.tokenizer import train_bpe
 
 MARKED = (
     "{% for message in messages %}<|{{ message.role }}|>"

@@ -11,8 +11,8 @@ import pytest
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import GlueConfig
-from fullrank.train.glue import load_glue
-from tests.train.glue_files import (
+from fullrank.train.data.glue import load_glue
+from tests.train.data.glue_files import (
     FOLDERS,
     HEADERS,
     HUB_LABELS,

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from transformers import EvalPrediction
 
 from fullrank.errors import ConfigError
-from fullrank.train.glue_tasks import GlueTask
-from fullrank.train.prepared import Scoring
+from fullrank.train.data.glue_tasks import GlueTask
+from fullrank.train.data.prepared import Scoring
 
 Metric = Callable[[Any, Any], float]
 """A number from labels and predictions, arrays of the same length."""

@@ -20,8 +20,8 @@ from datasets.exceptions import DatasetsError
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import GlueConfig
-from fullrank.train.glue_tasks import HIGHEST_SCORE, LOWEST_SCORE, TASKS, GlueTask
-from fullrank.train.sources import Source
+from fullrank.train.data.glue_tasks import HIGHEST_SCORE, LOWEST_SCORE, TASKS, GlueTask
+from fullrank.train.data.sources import Source
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fullrank.errors import ConfigError
-from fullrank.train.instructions import load_instructions
-from fullrank.train.prepared import Data
-from tests.train.instructing import MARKED, config_for, learned, make_rows, make_tokenizer, write_rows
+from fullrank.train.data.instructions import load_instructions
+from fullrank.train.data.prepared import Data
+from tests.train.data.instructing import MARKED, config_for, learned, make_rows, make_tokenizer, write_rows
 
 GOOD = {"instruction": "a", "input": "b", "output": "c"}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -22,13 +22,13 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import InstructionsConfig
-from fullrank.train.evaluate import TOKEN_MEAN
-from fullrank.train.instruction_rows import Rows, read_rows
-from fullrank.train.instruction_texts import Writer, recognise_format
-from fullrank.train.instruction_tokens import ENCODED, IGNORED, Encoder
-from fullrank.train.packing import MULTIPLE, PackedCollator, pack
-from fullrank.train.prepared import Data
-from fullrank.train.sources import find_source, find_validation, fingerprint
+from fullrank.train.data.instruction_rows import Rows, read_rows
+from fullrank.train.data.instruction_texts import Writer, recognise_format
+from fullrank.train.data.instruction_tokens import ENCODED, IGNORED, Encoder
+from fullrank.train.data.packing import MULTIPLE, PackedCollator, pack
+from fullrank.train.data.prepared import Data
+from fullrank.train.data.sources import find_source, find_validation, fingerprint
+from fullrank.train.data.token_mean import TOKEN_MEAN
 
 logger = logging.getLogger(__name__)
 

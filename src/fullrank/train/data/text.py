@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import PYTHON_DOCS, DataConfig
-from fullrank.train.sources import (
+from fullrank.train.data.sources import (
     Source,
     find_source,
     find_validation,

@@ -1,0 +1,1 @@
+"""From files and hub datasets to examples in batches: text, instructions and the tasks of GLUE."""
