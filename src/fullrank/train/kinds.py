@@ -11,6 +11,7 @@ from fullrank.methods import METHODS
 from fullrank.train.config import (
     ELSEWHERE,
     FINETUNE_ELSEWHERE,
+    FINETUNE_RATES,
     FINETUNE_TRAINER_DEFAULTS,
     GLUE_TASKS,
     INSTRUCTIONS,
@@ -55,11 +56,17 @@ class Kind:
         return FINETUNE_TRAINER_DEFAULTS | ({} if self.task == INSTRUCTIONS else {"load_best_model_at_end": True})
 
     def defaults(self) -> dict[str, Any]:
-        """Options of methods that mean another thing to a trained model: LoRA leaves all but a fresh head as it is."""
-        beside = {"train_embeddings": False, "train_norms": False, "train_head": self.task != INSTRUCTIONS}
-        known = {field.name for field in fields(METHODS[self.method].config)} if self.task else set()
-        task = {} if self.task is None else {TASK: self.task}
-        return task | {f"method.{name}": value for name, value in beside.items() if name in known}
+        """Options that mean another thing to a trained model: a small rate, and LoRA trains its factors alone.
+
+        A head of classes is fresh, so it trains.
+        """
+        if self.task is None:
+            return {}
+        options: dict[str, Any] = {"train_embeddings": False, "train_norms": False}
+        options["train_head"] = self.task != INSTRUCTIONS
+        options |= {"lr": FINETUNE_RATES[self.method]} if self.method in FINETUNE_RATES else {}
+        known = {field.name for field in fields(METHODS[self.method].config)}
+        return {TASK: self.task} | {f"method.{name}": value for name, value in options.items() if name in known}
 
 
 def kind_of(command: Command, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Kind:
