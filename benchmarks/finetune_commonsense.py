@@ -96,7 +96,7 @@ def train(variant: Variant, lr: float, args: argparse.Namespace) -> dict[str, An
         return dict(json.loads(kept.read_text()))
     folder = args.work / "runs" / f"{slug(variant.name)}-{lr:g}"
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was interrupted
-    result = finetune(resolve(recipe(variant, lr, args) | {"output_dir": str(folder)}))
+    result = finetune(resolve(recipe(variant, lr, args) | {"output_dir": str(folder)}, command="finetune"))
     assert result is not None
     row = {"variant": variant.name, "method": variant.method, "lr": lr} | {key: result[key] for key in KEPT}
     kept.write_text(json.dumps(row))

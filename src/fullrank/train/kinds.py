@@ -15,6 +15,7 @@ from fullrank.train.config import (
     FINETUNE_TRAINER_DEFAULTS,
     GLUE_TASKS,
     INSTRUCTIONS,
+    PYTHON_DOCS,
     TRAINER_DEFAULTS,
     DataConfig,
     GlueConfig,
@@ -67,6 +68,16 @@ class Kind:
         options |= {"lr": FINETUNE_RATES[self.method]} if self.method in FINETUNE_RATES else {}
         known = {field.name for field in fields(METHODS[self.method].config)}
         return {TASK: self.task} | {f"method.{name}": value for name, value in options.items() if name in known}
+
+
+def described_command(base: Mapping[str, Any], command: Command | None) -> Command:
+    """The command that a recipe is for: it says so by its task; without one, by what only pre-training can be told."""
+    if TASK in base:
+        return "finetune"
+    own = {f"data.{field.name}" for field in fields(DataConfig)}
+    own -= {f"data.{field.name}" for field in fields(InstructionsConfig)}
+    is_text = own & set(base) or base.get("data.name") == PYTHON_DOCS or base.get("model.pretrained") is False
+    return "pretrain" if is_text or command is None else command
 
 
 def kind_of(command: Command, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Kind:

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
 from fullrank.train.config import ELSEWHERE, FINETUNE_ELSEWHERE, INSTRUCTIONS, GlueConfig, RunConfig
-from fullrank.train.kinds import TASK, Command, Kind, kind_of
+from fullrank.train.kinds import TASK, Command, Kind, described_command, kind_of
 from fullrank.train.recipes import load_recipe, nearest
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def resolve(
         recipe = {} if command == "finetune" else DEFAULT_RECIPE
     content = recipe if isinstance(recipe, Mapping) else load_recipe(recipe)
     base = dict(flatten(content))
-    described: Command = "finetune" if TASK in base else "pretrain"
+    described = described_command(base, command)
     if command is not None and base and described != command:
         raise ConfigError(_other_command(recipe, described, command))
     kind = kind_of(command or described, base, overrides)
