@@ -278,6 +278,37 @@ def test_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+GIVEN = {"model.name": "base", "data.name": "rows.json"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_of_a_trained_model(method: str) -> None:
+    """A rate for fine-tuning, and LoRA's factors alone; a head of classes, which is fresh, trains."""
+    config = resolve(None, GIVEN | {"method.name": method}, command="finetune").method
+    assert config.lr == METHODS[method].finetune_lr < METHODS[method].config().lr or method == "sift"
+    assert not getattr(config, "train_embeddings", False)
+    assert not getattr(config, "train_head", False)
+    classifier = resolve(None, GIVEN | {"method.name": method, "data.task": "rte"}, command="finetune").method
+    assert getattr(classifier, "train_head", True)
+    assert resolve(None, {"method.name": method}).method.lr == METHODS[method].config().lr or method == "fira"
+
+
+def test_what_is_given_wins_over_the_options_of_a_trained_model() -> None:
+    recipe = {"data": {"task": "instructions"}, "method": {"name": "lora", "lr": 3e-4, "train_head": True}}
+    config = resolve(recipe, GIVEN)
+    assert (config.command, config.method.lr, config.method.train_head) == ("finetune", 3e-4, True)
+    assert resolve(recipe, GIVEN | {"method.lr": "1e-3"}).method.lr == 1e-3
+    assert resolve(recipe, GIVEN | {"method.name": "full"}).method.lr == 2e-5, "a rate belongs to its method"
+
+
+def test_a_recipe_need_not_name_its_task() -> None:
+    assert resolve({"method": {"name": "full"}}, GIVEN, command="finetune").data.task == "instructions"
+    with pytest.raises(ConfigError, match="describes a pre-training run"):
+        resolve({"data": {"vocab_size": 300}}, GIVEN, command="finetune")
+    with pytest.raises(ConfigError, match="describes a fine-tuning run"):
+        resolve({"data": {"task": "cola"}}, command="pretrain")
+
+
 def test_a_fresh_head_must_train(place: Path, tmp_path: Path) -> None:
     content = classification(place / "encoder", place / "glue", tmp_path / "run", "sift")
     content["method"]["exception"] = []

@@ -51,6 +51,8 @@ class Method:
     """Bytes of optimizer state of a model under its options, before any training; the most there are at a time."""
     adapters: Callable[[Any], AdapterRequest | None] | None = None
     """The LoRA layers that ``build`` expects on the model, from its options; None: the model as it is."""
+    finetune_lr: float = 1e-4
+    """Peak learning rate for a trained model, where none is given: as in the papers' fine-tuning scripts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,4 +59,4 @@ def state_bytes(model: nn.Module, config: FullConfig) -> int:
     return sum(2 * p.numel() * p.element_size() + 4 for p in model.parameters() if p.requires_grad)
 
 
-METHOD = Method("full", "1711.05101", FullConfig, build, state_bytes)
+METHOD = Method("full", "1711.05101", FullConfig, build, state_bytes, finetune_lr=2e-5)

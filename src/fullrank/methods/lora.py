@@ -60,4 +60,4 @@ def build(model: nn.Module, config: LoraConfig) -> Built:
     )
 
 
-METHOD = Method("lora", "2106.09685", LoraConfig, build, planned_state_bytes, adapters)
+METHOD = Method("lora", "2106.09685", LoraConfig, build, planned_state_bytes, adapters, finetune_lr=2e-4)

@@ -326,4 +326,4 @@ def build(model: nn.Module, config: ReloraConfig) -> Built:
     )
 
 
-METHOD = Method("relora", "2307.05695", ReloraConfig, build, planned_state_bytes, adapters)
+METHOD = Method("relora", "2307.05695", ReloraConfig, build, planned_state_bytes, adapters, finetune_lr=2e-4)

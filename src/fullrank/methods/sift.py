@@ -347,4 +347,4 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
     return total
 
 
-METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes)
+METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes, finetune_lr=2e-4)

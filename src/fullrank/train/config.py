@@ -177,18 +177,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 FINETUNE_ELSEWHERE = {key: value for key, value in ELSEWHERE.items() if key not in BEST_MODEL}
 """The same of a fine-tuning run, which may keep its best model."""
 
-FINETUNE_RATES = {
-    "full": 2e-5,
-    "lora": 2e-4,
-    "relora": 2e-4,
-    "sift": 2e-4,
-    "fira": 1e-4,
-    "galore": 1e-4,
-    "apollo": 1e-4,
-}
-"""Peak learning rates of a fine-tuning run, far below those of pre-training: of SIFT's scripts for LLaMA-7B on Alpaca
-(full, lora, sift) and of Fira's for LLaMA-7B on commonsense questions (fira, galore); the others as their kin."""
-
 FINETUNE_TRAINER_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear",

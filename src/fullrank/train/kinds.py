@@ -11,7 +11,6 @@ from fullrank.methods import METHODS
 from fullrank.train.config import (
     ELSEWHERE,
     FINETUNE_ELSEWHERE,
-    FINETUNE_RATES,
     FINETUNE_TRAINER_DEFAULTS,
     GLUE_TASKS,
     INSTRUCTIONS,
@@ -65,7 +64,7 @@ class Kind:
             return {}
         options: dict[str, Any] = {"train_embeddings": False, "train_norms": False}
         options["train_head"] = self.task != INSTRUCTIONS
-        options |= {"lr": FINETUNE_RATES[self.method]} if self.method in FINETUNE_RATES else {}
+        options["lr"] = METHODS[self.method].finetune_lr
         known = {field.name for field in fields(METHODS[self.method].config)}
         return {TASK: self.task} | {f"method.{name}": value for name, value in options.items() if name in known}
 
