@@ -111,11 +111,12 @@ def is_classifier(model: nn.Module) -> bool:
 
 
 def class_head(model: nn.Module) -> NamedParameters:
-    """The parameters of a sequence-classification model that lie outside its encoder; none for other models."""
+    """What a sequence-classification model has above the layers of its encoder: head and pooler; none for others."""
     if not is_classifier(model):
         return {}
     encoder = f"{getattr(model, 'base_model_prefix', '')}."
-    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if not name.startswith(encoder) or ".pooler." in name}
 
 
 def _no_match(pattern: str, names: list[str], min_ndim: int) -> str:

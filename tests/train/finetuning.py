@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, RobertaConfig, RobertaModel
 
 from tests.evaluation.made import write_model
 from tests.train.data.glue_files import word_tokenizer, write_official
@@ -66,12 +66,18 @@ def instructions(base: Path, rows: Path, folder: Path, method: str, **trainer: A
     }
 
 
-def write_encoder(folder: Path) -> Path:
-    """A small BERT without a head, with its tokenizer."""
+def write_encoder(folder: Path, kind: str = "bert", *, pooler: bool = True) -> Path:
+    """A small encoder without a head, with its tokenizer."""
     torch.manual_seed(0)
     tokenizer = word_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)).save_pretrained(folder)
+    sizes |= {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 40}
+    if kind == "bert":
+        model: Any = BertModel(BertConfig(initializer_range=0.2, **sizes), add_pooling_layer=pooler)
+    else:
+        config = RobertaConfig(initializer_range=0.2, type_vocab_size=2, **sizes)
+        model = RobertaModel(config, add_pooling_layer=False)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -217,6 +217,29 @@ def test_the_adapter_of_a_classifier_holds_its_head(
     assert capsys.readouterr().out.startswith("positive 0.")
 
 
+@pytest.mark.parametrize(
+    ("kind", "pooler", "whole"),
+    [("bert", False, ["classifier", "pooler.dense"]), ("roberta", False, ["classifier.dense", "out_proj"])],
+)
+def test_a_fresh_pooler_and_a_deep_head_train_beside_factors(
+    kind: str, pooler: bool, whole: list[str], place: Path, tmp_path: Path
+) -> None:
+    write_encoder(tmp_path / "encoder", kind, pooler=pooler)
+    content = classification(tmp_path / "encoder", place / "glue", tmp_path / "run", "lora", num_train_epochs=1)
+    assert finetune(resolve(content)) is not None
+    about = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert about["modules_to_save"] == whole
+    asked = ("--model", tmp_path / "encoder", "--adapter", tmp_path / "run" / "adapter")
+    assert command("export", *asked, "--output_dir", tmp_path / "out") == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in weights(tmp_path / "run").items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    content = classification(tmp_path / "encoder", place / "glue", tmp_path / "other", "sift")
+    content["method"]["exception"] = ["embeddings"]
+    with pytest.raises(ConfigError, match=r"are fresh, and this method leaves it frozen"):
+        finetune(resolve(content))
+
+
 def test_the_last_model_can_be_kept(place: Path, tmp_path: Path) -> None:
     content = classification(place / "encoder", place / "glue", tmp_path / "run", "full", load_best_model_at_end=False)
     result = finetune(resolve(content))
@@ -312,7 +335,7 @@ def test_a_recipe_need_not_name_its_task() -> None:
 def test_a_fresh_head_must_train(place: Path, tmp_path: Path) -> None:
     content = classification(place / "encoder", place / "glue", tmp_path / "run", "sift")
     content["method"]["exception"] = []
-    with pytest.raises(ConfigError, match=r"classifier\.weight.* leaves it frozen.*method\.exception \[classifier\]"):
+    with pytest.raises(ConfigError, match=r"classifier\.weight are fresh.*method\.exception \[classifier\]"):
         finetune(resolve(content))
     assert not (tmp_path / "run").exists()
 

@@ -76,7 +76,8 @@ class Adapters:
         named = self.peft.named_parameters(remove_duplicate=False)
         beside = {name: p.detach() for name, p in named if p.requires_grad and p not in taken}
         modules = {name.rpartition(".")[0] for name in beside}
-        whole = sorted({_last_name(module) for module in modules if not module.endswith(".base_layer")})
+        kept = {module for module in modules if not module.endswith(".base_layer")}
+        whole = sorted({_ending(module, kept, self.peft) for module in kept})
         has_bias = any(module.endswith(".base_layer") for module in modules)
         folder.mkdir(parents=True, exist_ok=True)
         saved = {name: tensor.cpu().contiguous().clone() for name, tensor in (tensors | beside).items()}
@@ -121,8 +122,15 @@ def merge_saved(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     return merged
 
 
-def _last_name(module: str) -> str:
-    """How PEFT finds a module to keep whole: by its last name; by the whole path if that is a number."""
-    path = module.removeprefix("base_model.model.")
-    last = path.rpartition(".")[2]
-    return path if last.isdigit() else last
+def _ending(module: str, kept: set[str], model: torch.nn.Module) -> str:
+    """How PEFT finds a module to keep whole: by the end of its name, here the shortest that no other module has.
+
+    Args:
+        module: Name of the module in the PEFT model.
+        kept: Names of all modules to keep whole: they may share an end.
+        model: The PEFT model.
+    """
+    parts = module.removeprefix("base_model.model.").split(".")
+    others = [name for name, _ in model.named_modules() if name not in kept]
+    endings = (".".join(parts[-count:]) for count in range(1, len(parts)) if not parts[-count].isdigit())
+    return next((end for end in endings if not any(name.endswith(end) for name in others)), ".".join(parts))

@@ -29,7 +29,7 @@ def build_classifier(
     pad_token_id: int | None,
     sequence_length: int,
     seed: int,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Load a network with a head for these classes; a single name is a score to be told (regression).
 
     Args:
@@ -39,6 +39,9 @@ def build_classifier(
         pad_token_id: Padding token of the tokenizer: decoders find the last token of an example by it.
         sequence_length: Length of an example at most (tokens).
         seed: Seed of a fresh head. The global random state is left as it was.
+
+    Returns:
+        The model in training mode, and the names of its fresh parameters, which its files lack.
 
     Raises:
         ConfigError: If the model cannot be loaded, lacks weights below its head, or an option does not fit it.
@@ -67,7 +70,7 @@ def build_classifier(
         len(label_names),
         ", ".join(sorted(missing)) or "nothing",
     )
-    return model
+    return model, frozenset(missing)
 
 
 def refuse_other_order(network: Any, label_names: tuple[str, ...], *, name: str) -> None:
@@ -90,18 +93,24 @@ def refuse_other_order(network: Any, label_names: tuple[str, ...], *, name: str)
         )
 
 
-def refuse_frozen_head(model: nn.Module) -> None:
-    """Check that the head of classes trains: a fresh one would stay at random.
+def refuse_frozen(model: nn.Module, fresh: frozenset[str]) -> None:
+    """Check that fresh parameters train: they would stay at random.
+
+    Args:
+        model: The model as it is about to train, with LoRA layers or not.
+        fresh: Names of parameters of the plain model.
 
     Raises:
-        ConfigError: If a parameter of it is frozen.
+        ConfigError: If one of them is frozen.
     """
-    frozen = [name for name, parameter in class_head(model).items() if not parameter.requires_grad]
+    plain = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    frozen = sorted(name for name in fresh if name in plain and not plain[name].requires_grad)
     if frozen:
-        parts = sorted({name.split(".")[0] for name in frozen})
+        parts = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in frozen})
         raise ConfigError(
-            f"the head of classes ({', '.join(frozen)}) is fresh, and this method leaves it frozen. Train it: "
-            f"method.exception [{', '.join(parts)}] for sift, method.train_head true for lora and relora."
+            f"{', '.join(frozen)} {'are' if len(frozen) > 1 else 'is'} fresh, and this method leaves it frozen. Train "
+            f"it: method.exception [{', '.join(parts)}] for sift, method.train_head true for lora and relora; leave it "
+            "out of method.target_modules."
         )
 
 
@@ -133,9 +142,8 @@ def _load(network: Any, config: ModelConfig) -> tuple[PreTrainedModel, set[str]]
 
 
 def _refuse_incomplete(model: PreTrainedModel, missing: set[str], config: ModelConfig) -> None:
-    """A pooler below the head may be fresh too: encoders trained as language models alone have none."""
-    fresh = set(class_head(model)) | {name for name in missing if ".pooler." in name}
-    if lacking := sorted(missing - fresh):
+    """The head alone may be fresh, with its pooler: encoders trained as language models have none."""
+    if lacking := sorted(missing - set(class_head(model))):
         raise ConfigError(
             f"the files of {config.name} lack {len(lacking)} weights of a {type(model).__name__}, first {lacking[0]}. "
             "Name a trained model, without overrides that change its shapes."

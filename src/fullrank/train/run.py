@@ -16,7 +16,7 @@ from fullrank.errors import ConfigError
 from fullrank.methods import METHODS, Built, Method
 from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import MethodSteps, Recorder
-from fullrank.train.classifier import build_classifier, refuse_frozen_head
+from fullrank.train.classifier import build_classifier, refuse_frozen
 from fullrank.train.config import DataConfig, GlueConfig, InstructionsConfig, RunConfig
 from fullrank.train.data.glue import load_glue
 from fullrank.train.data.instructions import load_instructions
@@ -78,7 +78,7 @@ def _run(config: RunConfig, command: str, *, resume: bool) -> dict[str, Any] | N
     logger.info("%s", data.description)
     if start is not None:
         checkpoint.verify_content(start, data.content_hash)
-    model = make_model(config, tokenizer, data)
+    model, fresh = make_model(config, tokenizer, data)
     method = METHODS[config.method_name]
     sizes = {
         "parameters": model.num_parameters(),
@@ -87,7 +87,7 @@ def _run(config: RunConfig, command: str, *, resume: bool) -> dict[str, Any] | N
     }
     adapters = attach_adapters(model, method, config)
     built = method.build(model, config.method)
-    refuse_frozen_head(model)
+    refuse_frozen(model, fresh)
     checkpoint.keep_own_names(model)
     recorder = Recorder(folder, config, content_hash=data.content_hash)
     steps = method_steps(built, adapters, folder)
@@ -132,8 +132,10 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     return load_instructions(config.data, tokenizer, cache_dir=cache_dir())
 
 
-def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, data: Data) -> PreTrainedModel:
-    """The network to train, with the tokenizer's vocabulary and special tokens."""
+def make_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, data: Data
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The network to train, and the names of what is fresh in a trained one."""
     if data.label_names:
         return build_classifier(
             config.model,
@@ -154,7 +156,7 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, data: Data
     )
     if isinstance(config.data, InstructionsConfig) and config.data.packing:
         require_isolation(model)
-    return model
+    return model, frozenset()
 
 
 def attach_adapters(model: PreTrainedModel, method: Method, config: RunConfig) -> Adapters | None:
