@@ -6,6 +6,7 @@ those that a restart merged into and the embeddings among them, and resumes like
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +77,7 @@ class Adapters:
         named = self.peft.named_parameters(remove_duplicate=False)
         beside = {name: p.detach() for name, p in named if p.requires_grad and p not in taken}
         modules = {name.rpartition(".")[0] for name in beside}
-        kept = {module for module in modules if not module.endswith(".base_layer")}
+        kept = {_outermost(module, beside, self.peft) for module in modules if not module.endswith(".base_layer")}
         whole = sorted({_ending(module, kept, self.peft) for module in kept})
         has_bias = any(module.endswith(".base_layer") for module in modules)
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,16 @@ def merge_saved(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         ) from error
     merged: PreTrainedModel = with_adapter.merge_and_unload()
     return merged
+
+
+def _outermost(module: str, beside: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
+    """The largest module around this one of which all is kept whole: PEFT takes a head so, and none within another."""
+    while outer := module.rpartition(".")[0]:
+        names = (f"{outer}.{name}" for name, _ in model.get_submodule(outer).named_parameters(remove_duplicate=False))
+        if not all(name in beside for name in names):
+            break
+        module = outer
+    return module
 
 
 def _ending(module: str, kept: set[str], model: torch.nn.Module) -> str:
