@@ -44,7 +44,7 @@ def variants(rank: int) -> list[Variant]:
     factors = {"rank": rank, "lora_alpha": 2.0 * rank, "target_modules": TARGETS}
     inside = {"rank": rank, "target_modules": TARGETS, "update_proj_gap": 50, "alpha": 1.0}
     on_factors = inside | {"rank": rank // 2, "lora_rank": rank, "lora_alpha": 2.0 * rank}
-    low, high = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+    low, high = (1e-3, 3e-3), (3e-3, 1e-2)
     return [
         Variant("full", "full", low),
         Variant("lora", "lora", high, factors),
@@ -193,9 +193,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--prompt_template", default="plain")
     parser.add_argument("--sequence_length", type=int, default=512)
-    parser.add_argument("--examples", type=int, default=4000, help="training rows at most")
+    parser.add_argument("--examples", type=int, default=2400, help="training rows at most")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--limit", type=int, default=1000, help="rows of each test file")
+    parser.add_argument("--limit", type=int, default=500, help="rows of each test file")
     parser.add_argument("--eval_batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
