@@ -6,6 +6,7 @@ those that a restart merged into and the embeddings among them, and resumes like
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from fullrank.adapter import fingerprint
 from fullrank.errors import ConfigError
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
 from fullrank.ops.seeded import seeded
-from fullrank.params import is_classifier
+from fullrank.params import class_head, is_classifier
+from fullrank.train.report import write_whole
 from fullrank.weights import plain_names
 
 ADAPTER = "default"
+BASE = "base.json"
+"""File beside an adapter that knows the weights of its base."""
 
 
 class Adapters:
@@ -37,6 +42,9 @@ class Adapters:
     """
 
     def __init__(self, model: PreTrainedModel, request: AdapterRequest) -> None:
+        fresh = class_head(model)
+        self.base = fingerprint({name: p.detach() for name, p in model.named_parameters() if name not in fresh})
+        """A short hash of each weight that training started from, but for those of a head."""
         layers = target_layers(model, request.target_modules, rank=request.rank)
         config = LoraConfig(
             r=request.rank,
@@ -79,6 +87,9 @@ class Adapters:
         modules = {name.rpartition(".")[0] for name in beside}
         kept = {_outermost(module, beside, self.peft) for module in modules if not module.endswith(".base_layer")}
         whole = sorted({_ending(module, kept, self.peft) for module in kept})
+        for module in kept:  # with what of it is frozen: PEFT puts modules back, not parameters
+            own = self.peft.get_submodule(module).named_parameters(remove_duplicate=False)
+            beside |= {f"{module}.{name}": parameter.detach() for name, parameter in own}
         has_bias = any(module.endswith(".base_layer") for module in modules)
         folder.mkdir(parents=True, exist_ok=True)
         saved = {name: tensor.cpu().contiguous().clone() for name, tensor in (tensors | beside).items()}
@@ -89,6 +100,7 @@ class Adapters:
             "task_type": "SEQ_CLS" if is_classifier(self.peft.get_base_model()) else "CAUSAL_LM",
         }
         replace(config, inference_mode=True, **changes).save_pretrained(str(folder))
+        write_whole(folder / BASE, json.dumps({"base": self.base}, indent=1))
         return sum(path.stat().st_size for path in folder.iterdir())
 
     def save_plain(self, folder: Path) -> None:
@@ -111,6 +123,14 @@ def merge_saved(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     Raises:
         ConfigError: If PEFT cannot put the adapter on this model.
     """
+    if (Path(folder) / BASE).is_file():
+        saved = json.loads((Path(folder) / BASE).read_text(encoding="utf-8"))["base"]
+        found = fingerprint({name: p.detach() for name, p in model.named_parameters() if name in saved})
+        if other := sorted(name for name in saved if saved[name] != found.get(name)):
+            raise ConfigError(
+                f"the adapter in {folder} was trained from another base: {len(other)} of its {len(saved)} weights are "
+                f"not this model's, first {other[0]}. Name the base that it was trained from."
+            )
     try:
         with_adapter: Any = PeftModel.from_pretrained(model, folder)
     except (ValueError, KeyError, RuntimeError, OSError) as error:

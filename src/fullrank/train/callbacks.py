@@ -157,6 +157,14 @@ class CleanStop(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out what belongs to the end of an epoch, where the stop came before it."""
+        if self.requested and not math.isclose(state.epoch or 0.0, round(state.epoch or 0.0), abs_tol=1e-9):
+            control.should_evaluate = False
+            control.should_save = False
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

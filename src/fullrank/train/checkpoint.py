@@ -31,6 +31,7 @@ DEFINING = ("model", "data", "method", "seed")
 FREE = frozenset(
     {
         "resume_from_checkpoint",
+        "load_best_model_at_end",
         "save_total_limit",
         "per_device_eval_batch_size",
         "eval_accumulation_steps",

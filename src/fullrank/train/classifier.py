@@ -60,6 +60,8 @@ def build_classifier(
         model, missing = _load(network, config)
     _refuse_incomplete(model, missing, config)
     _fit_positions(model, config, sequence_length=sequence_length)
+    # its loss is a mean over the batch: a Trainer must divide it among accumulated batches and processes
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
     model.train()
     logger.info(
         "%s: %s of %d parameters in %s, %d labels; fresh: %s",

@@ -44,6 +44,7 @@ def finish(
         "method": config.method_name,
         "model": config.model.name,
         "task": getattr(config.data, "task", "pretrain"),
+        "prompt_template": data.prompt_template,
         "seed": config.seed,
         "steps": trainer.state.global_step,
         "kept_step": kept,

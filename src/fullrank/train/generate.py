@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.params import is_classifier
-from fullrank.train.data.prompts import render_prompt
+from fullrank.train.data.prompts import CHAT, end_of_turn, render_prompt
 from fullrank.train.load import Loaded, load_trained
 
 
@@ -58,7 +58,12 @@ def generate(config: GenerateConfig) -> str:
     loaded = load_trained(config.model, adapter=config.adapter, dtype=config.dtype)
     if loaded.tokenizer is None:
         raise ConfigError(f"there is no tokenizer beside {config.model}. Save one there: tokenizer.save_pretrained.")
-    loaded.model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        loaded.model.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"device {device!r} cannot be used: {reason}. Set it to cpu or cuda:0.") from error
     if is_classifier(loaded.model):
         return classify(loaded, loaded.tokenizer, config.prompt, config.input)
     return answer(loaded, loaded.tokenizer, config)
@@ -73,23 +78,27 @@ def answer(loaded: Loaded, tokenizer: PreTrainedTokenizerFast, config: GenerateC
         prompt = render_prompt(template, config.prompt, config.input, tokenizer=tokenizer)
     elif config.input:
         raise ConfigError("input has no place in a bare prompt. Choose a prompt_template, or put it into the prompt.")
-    # a chat template writes the special tokens itself
-    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=template != "chat").to(loaded.model.device)
+    is_chat = template == CHAT  # its template writes the special tokens itself
+    tokens = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    if tokens[-1:] == [tokenizer.eos_token_id] and not is_chat:
+        tokens = tokens[:-1]  # some tokenizers end every text
+    ends = {tokenizer.eos_token_id, *([end_of_turn(tokenizer)] if is_chat else [])} - {None}
+    inputs = torch.tensor([tokens], device=loaded.model.device)
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
     torch.manual_seed(config.seed)
     network: Any = loaded.model
     output = network.generate(
-        input_ids=tokens["input_ids"],
-        attention_mask=tokens["attention_mask"],
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
         max_new_tokens=config.max_new_tokens,
         do_sample=bool(sampled),
         num_beams=config.num_beams,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
         **sampled,
     )
-    return str(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)).strip()
 
 
 @torch.no_grad()

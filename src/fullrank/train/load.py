@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import (
 
 from fullrank.adapter import SparseAdapter, load_adapter
 from fullrank.errors import CheckpointError, ConfigError
+from fullrank.params import is_classifier
 from fullrank.train.model import missing_weights
 from fullrank.weights import holds_factors, read_weights, run_folder, weights_folder
 
@@ -48,7 +50,7 @@ class Loaded:
     method: str | None = None
     """Name of the method of its run; None if it is of no run."""
     prompt_template: str | None = None
-    """How instructions were put to it in its run; None if that is not known."""
+    """How instructions were put to it in its run; None if there were none, or it is not known."""
 
 
 def load_trained(name: str, *, adapter: str | None = None, dtype: str | None = None) -> Loaded:
@@ -66,7 +68,7 @@ def load_trained(name: str, *, adapter: str | None = None, dtype: str | None = N
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    place = _place(name)
+    place = model_place(name)
     if adapter is None:
         model = _plain(place)
     elif (Path(adapter) / PEFT_ADAPTER).is_file():
@@ -75,14 +77,21 @@ def load_trained(name: str, *, adapter: str | None = None, dtype: str | None = N
         trained = load_adapter(adapter)
         model = load_base(place, trained)
         trained.apply(model)
+    tokenizer = load_tokenizer_of(place)
+    if adapter is not None and is_classifier(model):
+        _name_classes(model, adapter, tokenizer)
     if dtype is not None:
         model.to(getattr(torch, dtype))
     model.eval()
-    return Loaded(model, load_tokenizer_of(place), **({"base": name} | _origin(adapter or name)))
+    return Loaded(model, tokenizer, **({"base": name} | _origin(adapter or name)))
 
 
-def _place(name: str) -> str:
-    """The folder of weights that a name means, or the hub name."""
+def model_place(name: str) -> str:
+    """The folder of weights that a name means, or the hub name.
+
+    Raises:
+        ConfigError: If it is an adapter, a run that has saved nothing yet, or a path to nothing.
+    """
     folder = Path(name)
     for file in (PEFT_ADAPTER, SPARSE_ADAPTER):
         if (folder / file).is_file() and not (folder / "config.json").is_file():
@@ -139,6 +148,17 @@ def load_base(name: str, adapter: SparseAdapter) -> PreTrainedModel:
         )
     labels = {"num_labels": about["num_labels"]} if about.get("num_labels") and adapter.dense else {}
     return _from_pretrained(kind, name, dtype="auto", complete=False, **labels)
+
+
+def _name_classes(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Give a base the classes of its adapter's run: their names, and the padding that a decoder is read before."""
+    run = run_folder(adapter)
+    if run is not None and (run / "model" / "config.json").is_file():
+        trained = _network(str(run / "model"))
+        for key in ("id2label", "label2id", "problem_type", "pad_token_id"):
+            setattr(model.config, key, getattr(trained, key))
+    elif model.config.pad_token_id is None and tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _from_pretrained(kind: Any, name: str, *, dtype: Any, complete: bool = True, **settings: Any) -> PreTrainedModel:
@@ -203,7 +223,9 @@ def _origin(name: str) -> dict[str, Any]:
         return {}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     known = {"base": config["model"]["name"], "method": config["method"]["name"]}
-    return known | {"prompt_template": config["data"].get("prompt_template")}
+    result = run / "result.json"
+    ended = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    return known | {"prompt_template": ended.get("prompt_template")}
 
 
 def load_tokenizer_of(place: str) -> PreTrainedTokenizerFast | None:

@@ -87,7 +87,8 @@ def _other_command(recipe: Any, described: Command, command: Command) -> str:
     words = {"pretrain": "pre-training", "finetune": "fine-tuning"}
     name = "the recipe" if isinstance(recipe, Mapping) else recipe
     missing = f" It has no {TASK}." if command == "finetune" else ""
-    return f"{name} describes a {words[described]} run.{missing} Start it by: fullrank {described} --config {name}"
+    start = f"--resume {Path(name).parent}" if Path(str(name)).name == "config.yaml" else f"--config {name}"
+    return f"{name} describes a {words[described]} run.{missing} The command for it: fullrank {described} {start}"
 
 
 def flatten(content: Mapping[str, Any]) -> Given:
@@ -139,6 +140,13 @@ def _switch_method(base: dict[str, Any], name: str, *, keep_lr: bool) -> dict[st
     That is, if both have it with the same default; a learning rate belongs to its method always.
     """
     old, new = (METHODS[method].config() for method in (base["method.name"], name))
+    factors = {}
+    if base.get("method.lora_rank") and not hasattr(new, "lora_rank") and hasattr(new, "lora_alpha"):
+        # a projection of LoRA's factors gives way to LoRA itself: the same factors
+        options = {"rank": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        factors = {
+            f"method.{own}": base.pop(f"method.{given}") for own, given in options.items() if f"method.{given}" in base
+        }
     alike = {"name", *(f.name for f in fields(new) if getattr(old, f.name, None) == getattr(new, f.name))}
     alike = alike | {"lr"} if keep_lr else alike - {"lr"}
     dropped = [key for key in base if key.startswith("method.") and key.removeprefix("method.") not in alike]
@@ -146,7 +154,7 @@ def _switch_method(base: dict[str, Any], name: str, *, keep_lr: bool) -> dict[st
         logger.warning(
             "method.name is %s, not the recipe's %s: its %s left out", name, base["method.name"], ", ".join(dropped)
         )
-    return {key: value for key, value in base.items() if key not in dropped}
+    return {key: value for key, value in base.items() if key not in dropped} | factors
 
 
 def _check(given: dict[str, Any], kind: Kind) -> RunConfig:
@@ -210,6 +218,11 @@ def _finetune_problems(sections: dict[str, dict[str, Any]]) -> list[str]:
         problems.append(
             f"trainer.load_best_model_at_end needs every score to be saved with its model, but eval_strategy is {evals}"
             f" and save_strategy {saves}. Set both to epoch (or to steps), or turn it off."
+        )
+    elif trainer.get("load_best_model_at_end") and evals == "steps" and trainer["eval_steps"] != trainer["save_steps"]:
+        problems.append(
+            "trainer.load_best_model_at_end needs every score to be saved with its model, but eval_steps is "
+            f"{trainer['eval_steps']:g} and save_steps {trainer['save_steps']:g}. Set them equal, or turn it off."
         )
     return problems
 

@@ -23,6 +23,7 @@ from fullrank.methods import Built
 from fullrank.train.callbacks import ProgressBar
 from fullrank.train.config import RunConfig
 from fullrank.train.data.prepared import Data
+from fullrank.train.recipes import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,13 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
     fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     if keeps_best(config):
         fields = {"metric_for_best_model": data.scoring.metric} | fields
-        if fields["metric_for_best_model"].removeprefix("eval_") == data.scoring.metric:
-            fields.setdefault("greater_is_better", data.scoring.greater_is_better)
+        metric = fields["metric_for_best_model"].removeprefix("eval_")
+        if metric not in data.scoring.metrics:
+            raise ConfigError(
+                f"trainer.metric_for_best_model must be one of {', '.join(data.scoring.metrics)}, got {metric}."
+                f"{nearest(metric, data.scoring.metrics)}"
+            )
+        fields.setdefault("greater_is_better", metric not in ("loss", "perplexity"))
     if data.validation is None:
         if keeps_best(config):
             raise ConfigError(
@@ -116,7 +122,7 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         args.gradient_accumulation_steps = total // per_step
     accumulated = args.gradient_accumulation_steps
     if args.max_steps <= 0:
-        args.max_steps = _steps_of_epochs(data, per_step * accumulated, args.num_train_epochs)
+        args.max_steps = _steps_of_epochs(data, args)
     if (warmup := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
         logger.warning("warm-up takes %d of %d steps: the learning rate never comes to fall", warmup, args.max_steps)
     logger.info(
@@ -164,8 +170,17 @@ def make_scheduler(config: RunConfig, args: TrainingArguments, built: Built) -> 
     return LambdaLR(built.optimizer, built.schedule(scheduler.lr_lambdas[0], warmup, last))  # one for all groups
 
 
-def _steps_of_epochs(data: Data, batch: int, epochs: float) -> int:
-    sequences = len(data.train) if hasattr(data.train, "__len__") else 0
-    if not sequences:
+def _steps_of_epochs(data: Data, args: TrainingArguments) -> int:
+    """Optimizer steps of so many epochs, each of which ends with a step even if its last batches are few."""
+    examples = len(data.train) if hasattr(data.train, "__len__") else 0
+    if not examples:
         raise ConfigError("a stream has no length. Set trainer.max_steps.")
-    return max(1, math.ceil(sequences / batch * epochs))
+    at_once = args.train_batch_size * args.world_size
+    batches = examples // at_once if args.dataloader_drop_last else math.ceil(examples / at_once)
+    if not batches:
+        raise ConfigError(
+            f"there are {examples} examples, fewer than a batch of {at_once}, which trainer.dataloader_drop_last "
+            "drops. Turn that off, or lower trainer.per_device_train_batch_size."
+        )
+    steps: int = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+    return max(1, steps)

@@ -96,7 +96,7 @@ def make_scoring(task: GlueTask, labels: list[int] | list[float], sets: list[tup
         ),
         condense=outputs_alone,
         metric=task.metric + sets[0][0],
-        greater_is_better=True,
+        metrics=("loss", *(name + suffix for suffix, _ in sets for name in task.metrics)),
     )
 
 

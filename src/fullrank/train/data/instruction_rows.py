@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,9 @@ def parse_rows(paths: list[str]) -> Iterator[dict[str, str]]:
                     yield {"row": text}
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 text: {error.reason}. Convert it.") from error
-        except (OSError, EOFError, csv.Error) as error:
+        except ConfigError:
+            raise
+        except (OSError, EOFError, csv.Error, zlib.error, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read: {error}. Check that it is what it is called.") from error
     if empty:
         raise ConfigError(f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent} is empty. Name files of examples.")

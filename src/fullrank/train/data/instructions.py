@@ -10,6 +10,7 @@ has some, and those whose prompt fills the whole sequence. A row that is not as 
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,13 @@ from fullrank.train.data.instruction_texts import Writer, recognise_format
 from fullrank.train.data.instruction_tokens import ENCODED, IGNORED, Encoder
 from fullrank.train.data.packing import MULTIPLE, PackedCollator, pack
 from fullrank.train.data.prepared import Data
+from fullrank.train.data.prompts import CHAT
 from fullrank.train.data.sources import find_source, find_validation, fingerprint
 from fullrank.train.data.token_mean import TOKEN_MEAN
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 1_000  # rows that are encoded together
-_COMPARED = 256  # examples at each end that tell one data set from another
 _FORMAT = 1  # of the cached examples: raise it when the same rows would give others
 
 Numbers = NDArray[np.int64]
@@ -95,9 +96,10 @@ def load_instructions(config: InstructionsConfig, tokenizer: PreTrainedTokenizer
         collate=_collator(tokenizer, packing=config.packing),
         description=f"{config.name} ({train.format}): {train}; {told}",
         num_train_tokens=train.num_tokens,
-        content_hash=fingerprint(tokenizer.backend_tokenizer.to_str(), *map(_ends, parts)),
+        content_hash=fingerprint(tokenizer.backend_tokenizer.to_str(), *map(_digest, parts)),
         scoring=TOKEN_MEAN,
         padded=not config.packing,
+        prompt_template={"instruction": config.prompt_template, "messages": CHAT}.get(train.format),
     )
 
 
@@ -203,10 +205,15 @@ def _collator(tokenizer: PreTrainedTokenizerFast, *, packing: bool) -> Any:
     return DataCollatorForSeq2Seq(tokenizer, padding=True, pad_to_multiple_of=MULTIPLE, label_pad_token_id=IGNORED)
 
 
-def _ends(examples: Dataset) -> tuple[object, ...]:
-    """How many examples there are, and the first and last of them."""
-    number = min(_COMPARED, len(examples))
-    return len(examples), examples[:number], examples[-number:]
+def _digest(examples: Dataset) -> str:
+    """Hash of all examples in their order."""
+    digest = hashlib.sha256()
+    for batch in examples.select_columns(["input_ids", "labels"]).with_format("arrow").iter(10 * _BATCH):
+        for column in batch.columns:
+            tokens = column.combine_chunks()
+            digest.update(tokens.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(tokens.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 def _check(config: InstructionsConfig, tokenizer: PreTrainedTokenizerFast) -> None:

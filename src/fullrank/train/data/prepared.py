@@ -20,8 +20,9 @@ class Scoring:
     condense: Callable[[Any, Tensor], Tensor] | None
     """What to keep of a batch's logits, given its labels; None: the logits."""
     metric: str
-    """The metric that says which model is best."""
-    greater_is_better: bool
+    """The metric that says which model is best, unless told otherwise."""
+    metrics: tuple[str, ...]
+    """Every metric of ``compute``; of ``loss`` and ``perplexity`` less is better, of all others more."""
 
 
 @dataclass(frozen=True)
@@ -44,5 +45,7 @@ class Data:
     """How a model is scored on `validation`."""
     padded: bool
     """Whether batches hold padding, told by their ``attention_mask``."""
+    prompt_template: str | None = None
+    """How instructions were put to the model; None: there are none, or they stand in the data as they are."""
     label_names: tuple[str, ...] = ()
     """Names of the classes of a classification task; a single one: regression; none: a language-model task."""

@@ -109,3 +109,14 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> Any:
             f"data.prompt_template to one of: {', '.join(name for name in TRAINING_TEMPLATES if name != CHAT)}."
         )
     return tokenizer
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an answer; None if it puts none."""
+    answer = "an answer"
+    messages = [user_message("a question", ""), {"role": "assistant", "content": answer}]
+    text: str = chat_tokenizer(tokenizer).apply_chat_template(messages, tokenize=False)
+    behind = text.rpartition(answer)[2]
+    tokens: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((token for token in tokens if token in control), None)

@@ -43,5 +43,5 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else math.inf
 
 
-TOKEN_MEAN = Scoring(token_mean, sequence_losses, metric="loss", greater_is_better=False)
+TOKEN_MEAN = Scoring(token_mean, sequence_losses, metric="loss", metrics=("loss", "perplexity"))
 """The score of every language model."""
