@@ -65,14 +65,14 @@ def test_outputs_are_those_of_beam_search_alone_and_in_batches() -> None:
 def test_counts_of_right_wrong_and_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
     import fullrank.evaluation.generate as module
 
-    written = iter([["answer2", "answer1 or answer2"], ["none of them"]])
+    written = iter([(["answer2", "answer1 or answer2"], 1), (["none of them"], 0)])
     monkeypatch.setattr(module, "_outputs", lambda *_: next(written))
     tokenizer = make_tokenizer()
     rows = [local_row("arc_easy")] * 3
     evaluated = Evaluated(make_model(tokenizer), tokenizer, batch_size=2)
     outcome = generate_answers(rows, "arc_easy", evaluated, config=EvaluateConfig())
     assert outcome.metrics == {"accuracy": 1 / 3}
-    assert outcome.details == {"unparsed": 1}
+    assert outcome.details == {"unparsed": 1, "truncated": 1}
     assert [record["prediction"] for record in outcome.records or []] == ["answer2", "answer1", None]
     assert [record["correct"] for record in outcome.records or []] == [True, False, False]
 

@@ -51,7 +51,7 @@ def test_every_program_is_kept(asked: EvaluateConfig, monkeypatch: pytest.Monkey
     assert sum(entry["reasons"].values()) == 2
     rows = (Path(asked.output_dir) / "humaneval.jsonl").read_text().splitlines()
     assert len(rows) == 1 + 2
-    model = {**result["model"], "base": "huggyllama/llama-7b", "method": "vanilla"}
+    model = {**result["model"], "base": "huggyllama/llama-7b", "method": "vanilla", "num_parameters": 6.74e9}
     assert "11.3 (SIFT" in table({**result, "model": model})
     monkeypatch.setattr(LlamaForCausalLM, "forward", None)  # a call of it would fail
     assert evaluate(asked) == result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from fullrank.errors import CheckpointError, ConfigError
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.run import evaluate
 from fullrank.evaluation.table import table
 from fullrank.train.load import load_tokenizer_of
+from fullrank.train.resolve import resolve
+from fullrank.train.run import finetune
 from tests.evaluation.made import write_commonsense, write_mmlu, write_model
+from tests.train.finetuning import classification, write_encoder, write_sst2
 from tests.train.tiny import write_text
 
 pytest.importorskip("lm_eval")
@@ -260,7 +264,8 @@ def test_the_table(whole: dict[str, Any]) -> None:
 
 
 def test_papers_numbers_in_the_table(whole: dict[str, Any]) -> None:
-    model = {**whole["model"], "base": "yahma/llama-7b-hf", "method": "fira"}
+    model = {**whole["model"], "base": "yahma/llama-7b-hf", "method": "fira", "num_parameters": 6_738_415_616}
+    assert "Fira" not in table({**whole, "model": {**model, "num_parameters": 260_000}}), "a small model of that name"
     lines = table({**whole, "model": model}).splitlines()
     piqa = [line for line in lines if line.startswith("piqa ")]
     assert ["82.6 (Fira" in line for line in piqa] == [True, False]  # beside the metric that stands for the task
@@ -273,13 +278,60 @@ def test_papers_numbers_in_the_table(whole: dict[str, Any]) -> None:
 def test_a_run_tells_its_base_method_and_prompts(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     write_model(run / "model")
-    data = {"prompt_template": "alpaca"}
-    settings = {"model": {"name": "yahma/llama-7b-hf"}, "data": data, "method": {"name": "fira"}}
+    settings = {"model": {"name": "yahma/llama-7b-hf"}, "data": {"task": "instructions"}, "method": {"name": "fira"}}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "result.json").write_text(json.dumps({"prompt_template": "alpaca"}))
     result = evaluate(asked(place, tmp_path / "out", "piqa", model=str(run), limit=1))
     assert (result["model"]["base"], result["model"]["method"]) == ("yahma/llama-7b-hf", "fira")
-    assert "82.6 (Fira" in table(result)
+    assert "82.6" not in table(result), "of one example, by a model of another size"
+    assert "piqa: the first 1 examples alone, for a trial" in table(result)
     with caplog.at_level("WARNING"):
         evaluate(asked(place, tmp_path / "generated", "piqa", model=str(run), limit=1, protocol="generate"))
     assert "prompt_template is commonsense-eval, and" in caplog.text
     assert "was trained with alpaca" in caplog.text
+
+
+def test_a_file_of_glue_is_the_one_that_is_scored(tmp_path: Path) -> None:
+    glue = write_sst2(tmp_path / "glue")
+    write_encoder(tmp_path / "encoder")
+    content = classification(tmp_path / "encoder", glue, tmp_path / "run", "full", num_train_epochs=1)
+    assert finetune(resolve(content)) is not None
+    lines = (glue / "SST-2" / "dev.tsv").read_text().splitlines()
+    mine = glue / "SST-2" / "mine.tsv"
+    mine.write_text("\n".join(lines[:6]) + "\n")
+    named = {"model": str(tmp_path / "run"), "tasks": ["sst2"], "device": "cpu", "sequence_length": 16}
+    whole = evaluate(EvaluateConfig(**named, data={"glue": str(glue)}, output_dir=str(tmp_path / "whole")))
+    part = evaluate(EvaluateConfig(**named, data={"sst2": str(mine)}, output_dir=str(tmp_path / "part")))
+    assert whole["tasks"]["sst2"]["num_examples"] == 32
+    assert part["tasks"]["sst2"]["num_examples"] == 5
+    assert part["tasks"]["sst2"]["data"]["source"] == str(mine)
+
+
+def test_a_models_own_way_to_generate_does_not_count(place: Path, tmp_path: Path) -> None:
+    """Penalties and beams in generation_config.json are the model's taste, not the protocol's."""
+    config = asked(place, tmp_path / "one", "boolq", protocol="generate", limit=3, answer_tokens=6)
+    plain = records_of(evaluate(config), tmp_path / "one")
+    other = tmp_path / "model"
+    shutil.copytree(config.model, other)
+    GenerationConfig(repetition_penalty=5.0, num_beams=3, no_repeat_ngram_size=1).save_pretrained(other)
+    changed = asked(place, tmp_path / "two", "boolq", protocol="generate", limit=3, answer_tokens=6, model=str(other))
+    assert records_of(evaluate(changed), tmp_path / "two") == plain
+
+
+def records_of(result: dict[str, Any], folder: Path) -> list[str]:
+    assert result["tasks"]["boolq"]["num_examples"] == 3
+    return [json.loads(line)["output"] for line in (folder / "boolq.jsonl").read_text().splitlines()]
+
+
+def test_a_damaged_record_is_told(place: Path, tmp_path: Path) -> None:
+    config = asked(place, tmp_path, "piqa", limit=1)
+    evaluate(config)
+    whole = json.loads((tmp_path / "eval.json").read_text())
+    for damage in ({"value": "high"}, {"stderr": None}, {"metrics": {}}, {"settings": 3}, {"num_examples": None}):
+        content = {**whole, "tasks": {"piqa": {**whole["tasks"]["piqa"], **damage}}}
+        (tmp_path / "eval.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            evaluate(config)
+    (tmp_path / "eval.json").write_text(json.dumps({**whole, "tasks": {"chess": whole["tasks"]["piqa"]}}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        evaluate(config)

@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as progress
 
+from fullrank.errors import ConfigError
 from fullrank.evaluation.commonsense import answers
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.unit import Evaluated, Outcome
@@ -29,7 +30,12 @@ _RESPONSE = "### Response:"
 
 def find_answer(output: str, task: str) -> str | None:
     """The first of a task's answers in what a model wrote; None if there is none."""
-    found = re.search("|".join(answers(task)), output)
+    known = answers(task)
+    if known[0] == "answer1":
+        known = [
+            f"answer{number}" for number in range(1, 6)
+        ]  # theirs for all tasks of this kind, whatever their options
+    found = re.search("|".join(known), output)
     return None if found is None else found[0]
 
 
@@ -46,10 +52,13 @@ def generate_answers(rows: list[dict[str, Any]], task: str, evaluated: Evaluated
         ``accuracy``, the number of outputs without an answer as ``unparsed``, and every output.
     """
     records: list[dict[str, Any]] = []
+    num_cut = 0
     starts = range(0, len(rows), evaluated.batch_size)
     for start in progress.tqdm(starts, desc=task, unit="batch", leave=False):
         batch = rows[start : start + evaluated.batch_size]
-        for row, output in zip(batch, _outputs(batch, evaluated, config), strict=True):
+        outputs, cut = _outputs(batch, evaluated, config)
+        num_cut += cut
+        for row, output in zip(batch, outputs, strict=True):
             prediction = find_answer(output, task)
             records.append(
                 {
@@ -64,28 +73,30 @@ def generate_answers(rows: list[dict[str, Any]], task: str, evaluated: Evaluated
         metrics={"accuracy": sum(record["correct"] for record in records) / len(records)},
         metric="accuracy",
         num_examples=len(records),
-        details={"unparsed": sum(record["prediction"] is None for record in records)},
+        details={"unparsed": sum(record["prediction"] is None for record in records), "truncated": num_cut},
         records=records,
     )
 
 
 @torch.inference_mode()
-def _outputs(rows: list[dict[str, Any]], evaluated: Evaluated, config: EvaluateConfig) -> list[str]:
-    """What the model writes after the prompt of each row."""
+def _outputs(rows: list[dict[str, Any]], evaluated: Evaluated, config: EvaluateConfig) -> tuple[list[str], int]:
+    """What the model writes after each row's prompt, and how many prompts were too long and lost their beginning."""
     tokenizer = evaluated.tokenizer
+    bound: int | None = getattr(evaluated.model.config, "max_position_embeddings", None)
+    room = None if bound is None else bound - config.answer_tokens
+    if room is not None and room < 1:
+        raise ConfigError(
+            f"answer_tokens is {config.answer_tokens}, and the model takes {bound} tokens with its prompt. Lower it."
+        )
     prompts = [render_prompt(config.prompt_template, row["instruction"], tokenizer=tokenizer) for row in rows]
-    inputs = tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        return_token_type_ids=False,
-        # a chat template writes the special tokens itself
-        add_special_tokens=config.prompt_template != "chat",
-    ).to(evaluated.device)
+    # a chat template writes the special tokens itself
+    tokens = tokenizer(prompts, add_special_tokens=config.prompt_template != "chat")["input_ids"]
+    kept = [prompt if room is None else prompt[-room:] for prompt in tokens]
+    inputs = tokenizer.pad({"input_ids": kept}, padding_side="left", return_tensors="pt").to(evaluated.device)
     generate: Any = evaluated.model.generate
-    tokens = generate(
-        **inputs,
+    output = generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
         generation_config=GenerationConfig(
             num_beams=config.num_beams,
             do_sample=False,
@@ -95,5 +106,6 @@ def _outputs(rows: list[dict[str, Any]], evaluated: Evaluated, config: EvaluateC
             pad_token_id=tokenizer.pad_token_id,
         ),
     )
-    written = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.partition(_RESPONSE)[0].strip() for text in written]
+    written = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    num_cut = sum(len(short) < len(whole) for short, whole in zip(kept, tokens, strict=True))
+    return [text.partition(_RESPONSE)[0].strip() for text in written], num_cut

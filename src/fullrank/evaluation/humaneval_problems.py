@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -64,7 +65,7 @@ def _from_file(data: str) -> list[Problem]:
     try:
         with opener(files[0], "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{data} cannot be read: {error}. Copy the file again.") from error
     rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     return _parse(((number, _row(line, f"{data}, row {number}")) for number, line in rows), source=data)

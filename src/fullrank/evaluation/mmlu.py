@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ class CsvFiles:
             raise ConfigError(
                 f"data.mmlu {self.source} has no {name}. Name a folder or zip with MMLU's csv files in dev/ and test/."
             )
-        rows = list(csv.reader(io.StringIO(self._text(self.members[name]), newline="")))
+        try:
+            rows = list(csv.reader(io.StringIO(self._text(self.members[name]), newline="")))
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
+            raise ConfigError(f"{self.source}, {name} cannot be read: {error}. Copy it again.") from error
         for number, row in enumerate(rows, start=1):
             if len(row) != len(LETTERS) + 2 or row[-1] not in tuple(LETTERS):
                 raise ConfigError(

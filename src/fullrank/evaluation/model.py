@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,18 +16,21 @@ from transformers.models.auto.modeling_auto import (
 
 from fullrank.errors import ConfigError
 from fullrank.evaluation.config import EvaluateConfig
-from fullrank.evaluation.published import VANILLA, base_of
+from fullrank.evaluation.published import VANILLA, is_theirs
 from fullrank.evaluation.scored import check_scored
 from fullrank.evaluation.tasks import kind_of
 from fullrank.evaluation.unit import Unit
 from fullrank.train.data.glue import TASKS
 from fullrank.train.load import Loaded
 
+_VOLATILE = ("_name_or_path", "transformers_version", "architectures", "use_cache")
+"""Fields of a configuration that say where it came from, not what the model computes."""
+
 
 def describe(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
     """What eval.json says of a model."""
     method = loaded.method
-    if method is None and config.adapter is None and base_of(config.model) is not None:
+    if method is None and config.adapter is None and is_theirs(config.model, loaded.model.num_parameters()):
         method = VANILLA
     return {
         "name": config.model,
@@ -41,8 +45,10 @@ def describe(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
 
 
 def content_hash(loaded: Loaded) -> str:
-    """Hash of all weights, their types, and the tokenizer: another model has another (16 hexadecimal digits)."""
+    """Hash of weights, their types, configuration and tokenizer: another model has another (16 hexadecimal digits)."""
     digest = hashlib.sha256()
+    network = {key: value for key, value in loaded.model.config.to_dict().items() if key not in _VOLATILE}
+    digest.update(json.dumps(network, sort_keys=True, default=str).encode())
     for name, tensor in sorted(loaded.model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,7 +1,7 @@
 """Numbers of the papers, to be printed beside ours where model, method and task are theirs.
 
 Sources: Fira's table of commonsense tasks (arXiv 2410.01623v3: LLaMA-7B trained on Commonsense170K, scored by
-generation; its GaLore, LoRA, ReLoRA and full rows are that paper's runs), and SIFT's tables of GLUE (RoBERTa-large) and
+generation; its other rows are taken as that paper prints them), and SIFT's tables of GLUE (RoBERTa-large) and
 of MMLU without solved examples and HumanEval (LLaMA trained on Alpaca; arXiv 2312.11875, from the figures in the
 authors' repository). All are percentages.
 """
@@ -35,6 +35,9 @@ BASES = {
     "roberta-large": ("FacebookAI/roberta-large", "roberta-large"),
 }
 """The papers' models and their names on the hub. A name without owner, such as llama-7b, is a size of ours."""
+
+SIZES = {"llama-7b": 6.74e9, "llama-13b": 13.02e9, "llama-30b": 32.53e9, "roberta-large": 3.55e8}
+"""Parameters of these models."""
 
 _COMMONSENSE_LLAMA_7B = {
     "fira": (69.4, 82.6, 78.0, 76.8, 81.2, 82.2, 64.4, 80.8, 76.9),
@@ -79,6 +82,12 @@ def base_of(name: str) -> str | None:
         if "/" in name and name.rstrip("/").rpartition("/")[2].lower() in copies:
             return base
     return None
+
+
+def is_theirs(name: str, num_parameters: int) -> bool:
+    """Whether a model of this name is one of the papers', by its size too: a folder may be called anything."""
+    base = base_of(name)
+    return base is not None and 0.95 < num_parameters / SIZES[base] < 1.05
 
 
 def published(task: str, metric: str, *, base: str, method: str | None, num_fewshot: int = 0) -> Published | None:

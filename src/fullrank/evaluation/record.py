@@ -95,10 +95,14 @@ def _read(path: Path) -> dict[str, Any]:
     """The content of an eval.json."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for entry in content["tasks"].values():
-            entry["settings"], entry["data"]
-        content["model"]["content"], content["groups"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for task, entry in content["tasks"].items():
+            kind_of(task), entry["data"]["source"], entry["protocol"], dict(entry["settings"])
+            numbers = [entry["value"], entry["num_examples"], entry["metrics"][entry["metric"]]]
+            if not all(isinstance(number, int | float) for number in [*numbers, *dict(entry["stderr"]).values()]):
+                raise ValueError(f"{task} has values that are no numbers")
+        content["groups"] = averages(content["tasks"])
+        content["model"]["content"], content["model"]["name"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Remove it, or choose another output_dir.") from error
     return content
 

@@ -17,7 +17,7 @@ from fullrank.evaluation.model import describe, unfit
 from fullrank.evaluation.plan import device_of, plan, together
 from fullrank.evaluation.record import FILE, Record
 from fullrank.evaluation.unit import Evaluated, Unit
-from fullrank.train.load import Loaded, load_trained
+from fullrank.train.load import Loaded, forget_generation, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -102,4 +102,5 @@ def _on_device(loaded: Loaded, config: EvaluateConfig) -> Evaluated:
     assert isinstance(loaded.tokenizer, PreTrainedTokenizerFast)  # checked before
     loaded.model.to(device_of(config))  # type: ignore[arg-type]
     loaded.model.eval()
+    forget_generation(loaded.model, loaded.tokenizer)
     return Evaluated(loaded.model, loaded.tokenizer, config.batch_size)

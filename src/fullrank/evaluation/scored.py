@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,9 @@ def glue_config(config: EvaluateConfig, task: str) -> GlueConfig:
     find_metrics(TASKS[task].metrics)
     if given is None:
         return named
-    named = replace(named, name=given)
+    # a file is the validation set itself, not a place to look for one
+    is_file = Path(given).expanduser().is_file()
+    named = replace(named, name=str(Path(given).parent) if is_file else given, validation=given if is_file else None)
     try:
         find_validation(named)
     except ConfigError as error:

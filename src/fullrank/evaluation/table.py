@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fullrank.evaluation.published import published
+from fullrank.evaluation.published import is_theirs, published
 from fullrank.evaluation.tasks import GROUPS, KINDS, kind_of
 
 _SUBJECTS = 8  # of MMLU that are listed one by one; of more the averages alone
@@ -28,6 +28,8 @@ def table(result: dict[str, Any]) -> str:
         others = [name for name in entry["metrics"] if name not in (entry["metric"], "loss")]
         for metric in (entry["metric"], *others):
             rows.append(_row(result, task, metric, entry, entry["metrics"][metric], entry["stderr"].get(metric)))
+        if limit := entry["settings"].get("limit"):
+            notes.append(f"{task}: the first {limit} examples alone, for a trial")
         if entry.get("note"):
             notes.append(f"{task}: {entry['note']}")
         if entry.get("truncated"):
@@ -66,7 +68,12 @@ def _row(
             method=model["method"],
             num_fewshot=first["settings"].get("num_fewshot", 0),
         )
-    if is_group and entry["num_tasks"] < entry["of_tasks"]:
+    limited = any(member["settings"].get("limit") for member in members)
+    if (
+        limited
+        or not is_theirs(model["base"], model["num_parameters"])
+        or (is_group and entry["num_tasks"] < entry["of_tasks"])
+    ):
         paper = None
     return (
         task,

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fullrank.errors import ConfigError
 from fullrank.params import is_classifier
 from fullrank.train.data.prompts import CHAT, end_of_turn, render_prompt
-from fullrank.train.load import Loaded, load_trained
+from fullrank.train.load import Loaded, forget_generation, load_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,7 @@ def answer(loaded: Loaded, tokenizer: PreTrainedTokenizerFast, config: GenerateC
     inputs = torch.tensor([tokens], device=loaded.model.device)
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
     torch.manual_seed(config.seed)
+    forget_generation(loaded.model, tokenizer)
     network: Any = loaded.model
     output = network.generate(
         input_ids=inputs,

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -79,7 +80,9 @@ def load_trained(name: str, *, adapter: str | None = None, dtype: str | None = N
         trained.apply(model)
     tokenizer = load_tokenizer_of(place)
     if adapter is not None and is_classifier(model):
-        _name_classes(model, adapter, tokenizer)
+        _name_classes(model, adapter)
+    if tokenizer is not None and is_classifier(model):
+        _agree_on_padding(model, tokenizer)
     if dtype is not None:
         model.to(getattr(torch, dtype))
     model.eval()
@@ -146,18 +149,31 @@ def load_base(name: str, adapter: SparseAdapter) -> PreTrainedModel:
             f"the adapter was trained on a {about['architecture']}, which transformers {transformers.__version__} does "
             "not have. Apply it in Python: load_adapter(folder).apply(model)."
         )
+    found = _network(name).model_type
+    if found != kind.config_class.model_type:
+        raise ConfigError(
+            f"the adapter was trained from another base: on a {about['architecture']}, and {name} is a {found}. Name "
+            "the base that it was trained from."
+        )
     labels = {"num_labels": about["num_labels"]} if about.get("num_labels") and adapter.dense else {}
     return _from_pretrained(kind, name, dtype="auto", complete=False, **labels)
 
 
-def _name_classes(model: PreTrainedModel, adapter: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
+def _name_classes(model: PreTrainedModel, adapter: str) -> None:
     """Give a base the classes of its adapter's run: their names, and the padding that a decoder is read before."""
     run = run_folder(adapter)
     if run is not None and (run / "model" / "config.json").is_file():
         trained = _network(str(run / "model"))
         for key in ("id2label", "label2id", "problem_type", "pad_token_id"):
             setattr(model.config, key, getattr(trained, key))
-    elif model.config.pad_token_id is None and tokenizer is not None:
+
+
+def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """One padding token for both: a decoder takes its classes from the last token that is none."""
+    own = model.config.pad_token_id
+    if own is not None and tokenizer.pad_token_id == tokenizer.eos_token_id and own < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own)
+    else:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -226,6 +242,15 @@ def _origin(name: str) -> dict[str, Any]:
     result = run / "result.json"
     ended = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     return known | {"prompt_template": ended.get("prompt_template")}
+
+
+def forget_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let a model generate as it is told and no other way: its files may bring penalties, beams or temperatures."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def load_tokenizer_of(place: str) -> PreTrainedTokenizerFast | None:
