@@ -131,7 +131,7 @@ def _glue(config: EvaluateConfig, task: str) -> Unit:
         task=task,
         protocol="classifier",
         settings={"sequence_length": settings.sequence_length, "limit": config.limit},
-        data={"source": settings.name, "content": scored.stamp_of(settings)},
+        data={"source": settings.validation or settings.name, "content": scored.stamp_of(settings)},
         fit=lambda evaluated: load_glue_validation(settings, evaluated.tokenizer, cache_dir=cache_dir()),
         run=partial(scored.score_glue, settings, limit=config.limit),
     )

@@ -6,21 +6,23 @@
    nowhere, and a new empty folder that is removed afterwards. When its time is over, its whole group is killed.
 2. **Resource limits**: CPU time, address space, file size, open files, tasks, no core files.
 3. **A seccomp filter** (Linux on x86_64 and aarch64): no sockets, no io_uring, no new processes or programs, no
-   signals to other processes and no reading of their memory, no links, modes or owners of files, no mounts and
-   the like. Without the filter, Linux refuses to run programs.
-4. **Landlock** (Linux 5.13 or newer, where it is switched on): nothing is written, made or removed outside the folder.
-5. **An audit hook** of Python, everywhere: no network, no processes, no `ctypes`, no file outside the folder but the
-   standard library's for reading. The hook cannot be removed, but what breaks the interpreter itself escapes it.
+   signals to other processes and no reading of their memory, no links, modes, owners or times of files, no
+   priorities, no mounts and the like. Without the filter, Linux refuses to run programs.
+4. **Landlock** (Linux 5.13 or newer, where it is switched on): nothing is written, made or removed outside the folder,
+   and nothing is read there but the interpreter and the system's libraries.
+5. **An audit hook** of Python, everywhere: no network, no processes, no `ctypes`, no bytecode but the compiler's, no
+   file outside the folder but the standard library's for reading, no installed packages. The hook cannot be removed,
+   but what breaks the interpreter itself escapes it.
 
 This is made for the mistakes and the odd ideas of a language model. It is **not a virtual machine**: a flaw of the
-kernel is not held off, and what breaks out of the interpreter can read what this user can read. Where there is no
-seccomp (macOS), it can also write and use the network, and the memory limit has no effect. Without Landlock it can
-write what this user can write. Run models that you do not trust in a container or a virtual machine.
+kernel is not held off. Without Landlock, what breaks out of the interpreter can read and write what this user can.
+Where there is no seccomp (macOS), it can also use the network, and the memory limit has no effect. Run models that you do not trust in a container or a virtual machine.
 
 A program passes only if it comes to its end: then, and not before, a random token is written to a pipe, by a step that
 the program cannot call. To exit early, by `sys.exit` or `os._exit`, is not to pass, nor is anything printed.
 
-Programs see the standard library alone, without `asyncio` (it needs sockets) and `ctypes`, the same order of hashes in
+Programs see the standard library alone, without `asyncio` (it needs sockets), `ctypes`, `marshal` and what changes the
+modes and times of files (`shutil.copy`; `shutil.copyfile` works), the same order of hashes in
 every run, and no ``__name__``, so that a main block does not run: as in the authors' harness.
 """
 
@@ -34,6 +36,7 @@ import secrets
 import selectors
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -161,16 +164,15 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a program's folder, whatever modes it gave to folders within."""
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            path = Path(root, name)
-            if not path.is_symlink():
-                path.chmod(0o700)
+    """Remove a program's folder, whatever modes it gave to folders within and however long their paths are."""
     try:
+        for _, folders, _, descriptor in os.fwalk(folder):
+            for name in folders:
+                if stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                    os.chmod(name, 0o700, dir_fd=descriptor)
         shutil.rmtree(folder)
-    except OSError as error:
-        logger.warning("a program's folder cannot be removed (%s): %s", folder, error)
+    except (OSError, RecursionError) as error:
+        logger.warning("a program's folder cannot be removed (%s): %s", folder, str(error)[:200])
 
 
 def _judge(report: bytes, *, token: bytes, in_time: bool, status: int) -> Outcome:

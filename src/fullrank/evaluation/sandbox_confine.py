@@ -3,8 +3,8 @@
 Run as a script by `sandbox.py`, in a process of its own, with the standard library alone. The second program
 (`sandbox_runner.py`) replaces this one, so that the process that runs untrusted code has never loaded `ctypes`.
 
-On Linux: resource limits, Landlock where the kernel has it (no writing outside the folder), and a seccomp filter (no
-network, no processes, no changes to the system). Elsewhere: resource limits alone. The syscall numbers are those of
+On Linux: resource limits, Landlock where the kernel has it (outside the folder no writing, and no reading but of the
+interpreter and the libraries), and a seccomp filter (no network, no processes, no changes to the system). Elsewhere: resource limits alone. The syscall numbers are those of
 Linux's unistd.h; a name without a number does not exist on that machine.
 """
 
@@ -100,6 +100,17 @@ REFUSED = {
     "lremovexattr": Numbers(198, 15),
     "fremovexattr": Numbers(199, 16),
     "open_by_handle_at": Numbers(304, 265),
+    "utime": Numbers(132, None),
+    "utimes": Numbers(235, None),
+    "futimesat": Numbers(261, None),
+    "utimensat": Numbers(280, 88),
+    # other processes' share of the machine
+    "setpriority": Numbers(141, 140),
+    "sched_setparam": Numbers(142, 118),
+    "sched_setscheduler": Numbers(144, 119),
+    "sched_setaffinity": Numbers(203, 122),
+    "sched_setattr": Numbers(314, 274),
+    "ioprio_set": Numbers(251, 30),
     # memory that outlives the process or escapes its limit
     "memfd_create": Numbers(319, 279),
     "memfd_secret": Numbers(447, 447),
@@ -238,8 +249,19 @@ class _PathRule(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("descriptor", ctypes.c_int32)]
 
 
-def confine_writing(folder: str) -> bool:
-    """Refuse, by Landlock, to write, make or remove files outside a folder (and /dev/null).
+def readable_paths(runner: str) -> set[str]:
+    """What the interpreter needs to start and to import: itself, its library and the system's libraries."""
+    prefixes = {sys.base_prefix, sys.base_exec_prefix}
+    paths = {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", runner}
+    paths |= {f"{prefix}/{lib}" for prefix in prefixes for lib in (sys.platlibdir, "lib")}
+    paths |= {sys.executable, f"{sys.prefix}/pyvenv.cfg", f"{os.path.dirname(sys.executable)}/pyvenv.cfg"}
+    with open("/proc/self/maps") as maps:  # what it has loaded from elsewhere, the linker among it
+        paths |= {line.split(maxsplit=5)[5].strip() for line in maps if "/" in line}
+    return {path for path in paths if os.path.exists(path)}
+
+
+def confine_files(folder: str, runner: str) -> bool:
+    """Refuse, by Landlock, to use files outside a folder, but to read the interpreter's and to write to /dev/null.
 
     Returns:
         Whether this kernel has Landlock; before Linux 5.13, or where it is switched off, it has not.
@@ -248,19 +270,21 @@ def confine_writing(folder: str) -> bool:
         Unavailable: If it has, and a step fails.
     """
     create_ruleset, add_rule, restrict_self = 444, 445, 446
-    write, remove_dir, remove_file, make_dir, make_file, refer, truncate = (1 << n for n in (1, 4, 5, 7, 8, 13, 14))
-    other_kinds = 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12
+    execute, write, read, read_dir, remove_dir, remove_file, make_dir, make_file = (1 << n for n in (*range(6), 7, 8))
+    refer, truncate, other_kinds = 1 << 13, 1 << 14, 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12
     libc = _libc()
     version = libc.syscall(create_ruleset, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return False
-    own = write | remove_dir | remove_file | make_dir | make_file
-    own |= (refer if version >= 2 else 0) | (truncate if version >= 3 else 0)
-    handled = ctypes.c_uint64(own | other_kinds)
+    of_files = write | read | execute | (truncate if version >= 3 else 0)
+    own = (of_files & ~execute) | read_dir | remove_dir | remove_file | make_dir | make_file
+    own |= refer if version >= 2 else 0
+    handled = ctypes.c_uint64(own | execute | other_kinds)
     rules = _check(libc.syscall(create_ruleset, ctypes.byref(handled), ctypes.c_size_t(8), 0), "Landlock's rule set")
-    for path, allowed in ((folder, own), (os.devnull, own & (write | truncate))):
+    allowed = dict.fromkeys(readable_paths(runner), execute | read | read_dir)
+    for path, rights in (allowed | {folder: own, os.devnull: own}).items():
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = _PathRule(allowed, descriptor)
+        rule = _PathRule(rights if os.path.isdir(path) else rights & of_files, descriptor)
         _check(libc.syscall(add_rule, rules, 1, ctypes.byref(rule), 0), f"Landlock's rule for {path}")
         os.close(descriptor)
     no_new_privileges = 38
@@ -303,7 +327,7 @@ def confine(*, folder: str, memory_bytes: int, cpu_s: int, runner: str) -> None:
     libc = _libc()
     die_with_parent = 1
     _check(libc.prctl(die_with_parent, ctypes.c_ulong(signal.SIGKILL)), "PR_SET_PDEATHSIG")
-    confine_writing(folder)
+    confine_files(folder, runner)
     path = ctypes.create_string_buffer(os.fsencode(sys.executable))
     arguments = (ctypes.c_char_p * (len(command) + 1))(*map(os.fsencode, command), None)
     variables = (ctypes.c_char_p * 2)(*(f"{k}={v}".encode() for k, v in environment.items()), None)

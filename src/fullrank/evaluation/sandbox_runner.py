@@ -6,7 +6,9 @@ frame of this file is its caller, and the token is in no variable that it can re
 last line is the write of the token, so to leave earlier, by any door, is not to pass.
 
 The audit hook must hold no name that the program can change: no global, no built-in looked up when an event comes, no
-method of an object of the program. That is why it takes all it uses as defaults, and asks for exact types.
+method of an object of the program. That is why it and what it calls take all they use as defaults, and ask for exact
+types. Bytecode can break the interpreter: it is not read from `marshal` either, so modules that are not loaded before
+the program are compiled from their sources.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ REFUSED_EVENTS = (
     "cpython.",
     "ctypes.",
     "gc.get_",
+    "marshal.load",
     "os.chdir",
     "os.chflags",
     "os.chmod",
@@ -48,6 +51,7 @@ REFUSED_EVENTS = (
     "os.startfile",
     "os.symlink",
     "os.system",
+    "os.utime",
     "pty.spawn",
     "resource.prlimit",
     "resource.setrlimit",
@@ -64,13 +68,23 @@ REFUSED_EVENTS = (
 """Audit events, by how they begin; those of files are judged by their paths."""
 
 REFUSED_MODULES = frozenset(
-    {"ctypes", "_ctypes", "_curses", "_dbm", "_gdbm", "_interpreters", "_multiprocessing", "_posixshmem", "_sqlite3"}
-    | {"_ssl", "_testcapi", "_testinternalcapi", "_testlimitedcapi", "_tkinter", "_xxsubinterpreters", "readline"}
+    {"ctypes", "_ctypes", "_curses", "_dbm", "_gdbm", "_multiprocessing", "_posixshmem", "_remote_debugging", "_sqlite3"}
+    | {"_ssl", "_testcapi", "_testinternalcapi", "_testlimitedcapi", "_tkinter", "readline"}
+    | {"_interpchannels", "_interpqueues", "_interpreters", "_xxinterpchannels", "_xxsubinterpreters"}
 )
 """Modules that reach memory or files without an audit event."""
+REFUSED_EXTENSIONS = ("_ctypes", "_test", "_xx", "xx")
+"""Files of further ones, by how they begin."""
+
+LOADED_BEFORE = (
+    *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools"),
+    *("hashlib", "heapq", "importlib.machinery", "importlib.util", "itertools", "json", "math", "operator", "random"),
+    *("re", "statistics", "string", "typing"),
+)
+"""What programs import often, loaded while `marshal` may still be used."""
 
 READING = frozenset({"os.listdir", "os.scandir"})
-CHANGING = frozenset({"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime"})
+CHANGING = frozenset({"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"})
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 DEVICES = frozenset({"/dev/null", "/dev/urandom"})
 
@@ -83,6 +97,79 @@ class ForbiddenImport(ImportError):  # noqa: N818
     """A module that the sandbox refuses; the standard library takes an ImportError as an absent option."""
 
 
+def refuse_import(
+    name: Any,
+    filename: Any,
+    extensions: frozenset[str],
+    modules: frozenset[str] = REFUSED_MODULES,
+    error: type[Exception] = ForbiddenImport,
+    exact: Any = (type, str),
+) -> None:
+    """Raise for a module that is refused, under whatever name, and for an extension that is not the library's.
+
+    Args:
+        name: The module's; its last part tells which of a file's functions makes the module.
+        filename: The extension's file; None for other modules.
+        extensions: The files that may be loaded.
+        modules: Last parts of names that are refused.
+        error: What to raise.
+        exact: Built-ins.
+    """
+    type_, str_ = exact
+    if type_(name) is not str_ or name.rpartition(".")[2] in modules:
+        raise error("this module cannot be imported here")
+    if filename is not None and (type_(filename) is not str_ or filename not in extensions):
+        raise error("this extension module cannot be imported here")
+
+
+def refuse_path(
+    event: str,
+    path: Any,
+    roots: tuple[str, ...],
+    error: type[Exception] = Forbidden,
+    packages: frozenset[str] = frozenset({"site-packages", "dist-packages"}),
+    exact: Any = (type, str, bytes, int),
+) -> None:
+    """Raise for a path outside some folders, or of an installed package.
+
+    Args:
+        event: The audit event.
+        path: What the program gave; a relative one is within the program's folder, which it cannot leave.
+        roots: The folders, each with a slash at its end; the program's own is first. It has no links.
+        error: What to raise.
+        packages: Names of folders to refuse.
+        exact: Built-ins.
+    """
+    type_, str_, bytes_, int_ = exact
+    if path is None or type_(path) is int_:
+        return
+    name = path.decode("utf-8", "surrogateescape") if type_(path) is bytes_ else path
+    if type_(name) is not str_:
+        raise error(f"{event}: a path that is not plain")
+    if name[:1] == "/" and not f"{name}/".startswith(roots):
+        raise error(f"{event}: a path outside the folder")
+    own, depth = name.removeprefix(roots[0]), 0
+    for part in own.split("/"):
+        if part == "..":
+            if depth == 0 or own[:1] == "/":
+                raise error(f"{event}: a path that may lead outside the folder")
+            depth -= 1
+        elif part not in ("", "."):
+            depth += 1
+        if part.lower() in packages:
+            raise error(f"{event}: installed packages are not for programs")
+
+
+def library_extensions(folders: tuple[str, ...]) -> frozenset[str]:
+    """The files of the standard library's extension modules that a program may load."""
+    extensions = set()
+    for folder in folders:
+        if os.path.basename(folder) == "lib-dynload" and os.path.isdir(folder):
+            names = [name for name in os.listdir(folder) if not name.startswith(REFUSED_EXTENSIONS)]
+            extensions |= {f"{folder}/{name}" for name in names if name.partition(".")[0] not in REFUSED_MODULES}
+    return frozenset(extensions)
+
+
 def install_hook(folder: str, readable: tuple[str, ...]) -> None:
     """Refuse network, processes, and files outside a folder from here on; a hook cannot be removed.
 
@@ -90,47 +177,42 @@ def install_hook(folder: str, readable: tuple[str, ...]) -> None:
         folder: The absolute path, without links, of the only folder to write in.
         readable: Further folders to read from.
     """
-    writes = itertools.count()
 
     def hook(
         event: str,
         args: tuple[Any, ...],
-        folder: str = f"{folder}/",
-        readable: tuple[str, ...] = tuple(f"{path}/" for path in readable),
-        writes: Any = writes,
-        names: Any = (REFUSED_EVENTS, REFUSED_MODULES, READING, CHANGING, DEVICES),
+        folder: tuple[str, ...] = (f"{folder}/",),
+        readable: tuple[str, ...] = tuple(f"{path}/" for path in (folder, *readable)),
+        extensions: frozenset[str] = library_extensions(readable),
+        writes: Any = itertools.count(),  # noqa: B008 - one for all events
+        names: Any = (REFUSED_EVENTS, READING, CHANGING, DEVICES, __file__),
         constants: Any = (MAX_WRITES, WRITE_FLAGS),
-        errors: Any = (Forbidden, ForbiddenImport),
-        builtins: Any = (type, str, bytes, int, next),
+        does: Any = (Forbidden, refuse_import, refuse_path, next),
     ) -> None:
-        refused, modules, reading, changing, devices = names
+        refused, reading, changing, devices, here = names
         max_writes, write_flags = constants
-        forbidden, forbidden_import = errors
-        type_, str_, bytes_, int_, next_ = builtins
+        forbidden, judge_import, judge_path, next_ = does
         if event.startswith(refused):
             raise forbidden(event)
-        if event == "import" and (type_(args[0]) is not str_ or args[0] in modules):
-            raise forbidden_import("this module cannot be imported here")
-        if event == "object.__setattr__" and args[1] == "__code__":
-            raise forbidden("a function cannot be given another body")
+        if event == "import":
+            judge_import(args[0], args[1], extensions)
+        if event == "object.__setattr__" or event == "object.__delattr__":
+            if args[1] == "__code__":
+                raise forbidden("a function cannot be given another body")
+            # others' may change: named tuples are made so
+            if args[1] in ("__defaults__", "__kwdefaults__") and args[0].__code__.co_filename == here:
+                raise forbidden("the sandbox's functions cannot be changed")
         opened = event == "open"
         if not (opened or event in reading or event in changing):
             return
         changes = event in changing or (opened and args[2] & write_flags != 0)
         if changes and next_(writes) >= max_writes:
             raise forbidden(f"{event}: more than {max_writes} changes of files")
+        # os.open (no mode) could give a folder's descriptor, relative to which paths mean other files
+        roots = folder if changes or (opened and args[1] is None) else readable
         for path in args[:2] if event == "os.rename" else args[:1]:
-            if path is None or type_(path) is int_:
-                continue
-            name = path.decode("utf-8", "surrogateescape") if type_(path) is bytes_ else path
-            if type_(name) is not str_ or ".." in name.split("/"):
-                raise forbidden(f"{event}: a path that is not plain")
-            # os.open (no mode) could give a folder's descriptor, relative to which paths mean other files
-            reads_only = not changes and not (opened and args[1] is None)
-            roots = (folder, *readable) if reads_only else folder
-            device = opened and name in devices
-            if name[:1] == "/" and not device and not f"{name}/".startswith(roots):
-                raise forbidden(f"{event}: a path outside the folder")
+            if not (opened and path in devices):
+                judge_path(event, path, roots)
 
     sys.addaudithook(hook)
 
@@ -161,7 +243,9 @@ def start_program(report: int, started: list[None]) -> None:
     os.write(report, b"ready\n")
     # as in the authors' harness, the namespace has no __name__: a main block does not run
     program = partial(exec, source.decode("utf-8", "surrogatepass"), {})
-    steps: list[Any] = [partial(started.append, None), program, partial(os.write, report, token), partial(os._exit, 0)]
+    leave = [partial(os.write, report, token), partial(os._exit, 0)]
+    # the program's own threads have the usual stack, or a few of them would fill the address space
+    steps: list[Any] = [partial(started.append, None), partial(_thread.stack_size, 0), program, *leave]
     _thread.stack_size(STACK_BYTES)
     _thread.start_new_thread(deque, (map(call, steps), 0))
 
@@ -173,6 +257,9 @@ def main() -> None:
     started: list[None] = []
     reason = [b"exited: the program ended before its tests did"]
     note_into(reason)
+    for name in LOADED_BEFORE:
+        __import__(name)
+    sys.pycache_prefix = f"{sys.argv[1]}/no-bytecode"  # so that imports do without marshal, which is refused
     install_hook(sys.argv[1], tuple(sys.path))
     sys.argv = ["program"]
     sys.modules["__main__"] = type(sys)("__main__")
