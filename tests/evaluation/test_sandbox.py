@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ import pytest
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.evaluation import sandbox_confine
-from fullrank.evaluation.sandbox import Outcome, run_program
+from fullrank.evaluation.sandbox import Outcome, _remove, run_program
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's filter is Linux's")
 EARLY = "exited: the program ended before its tests did"
@@ -252,6 +254,113 @@ def test_forbidden(source: str, reason: str) -> None:
     assert outcome.reason.startswith(reason)
 
 
+DYNLOAD = Path(os.__file__).parent / "lib-dynload"
+LOAD = """
+import sys, os, _imp
+from importlib.machinery import ModuleSpec
+library = next(path for path in sys.path if path.endswith("lib-dynload"))
+def find(name): return next(f"{library}/{file}" for file in os.listdir(library) if file.startswith(name + "."))
+"""
+EXTENSIONS = {  # what to load, and whether it is refused
+    "another name": ("_imp.create_dynamic(ModuleSpec('x._ctypes', None, origin=find('_ctypes')))", True),
+    "another name, whole": ("_imp.create_dynamic(ModuleSpec('x', None, origin=find('_ctypes')))", True),
+    "another path": ("_imp.create_dynamic(ModuleSpec('x', None, origin=library + '/./' + find('_ctypes')[1:]))", True),
+    "a zero": ("_imp.create_dynamic(ModuleSpec('x._bz2', None, origin=find('_ctypes') + chr(0) + find('_bz2')))", True),
+    "a copy": (
+        "import shutil; shutil.copyfile(find('_bz2'), '_bz2.so')\n"
+        "_imp.create_dynamic(ModuleSpec('_bz2', None, origin=os.getcwd() + '/_bz2.so'))",
+        True,
+    ),
+    "the library's": ("_imp.create_dynamic(ModuleSpec('_bz2', None, origin=find('_bz2'))); import bz2", False),
+}
+
+
+@pytest.mark.skipif(not DYNLOAD.is_dir(), reason="extensions are built into this Python")
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_extension_modules(name: str) -> None:
+    source, refused = EXTENSIONS[name]
+    found = sorted(path.name for path in DYNLOAD.glob("_bz2.*"))
+    if not found:
+        pytest.skip("this Python has no _bz2")
+    outcome = run_program(LOAD + source, timeout_s=10)
+    assert outcome.reason.startswith("forbidden: this ") if refused else outcome.passed, outcome.reason
+
+
+@pytest.mark.parametrize("name", ["__code__", "__defaults__", "__kwdefaults__"])
+def test_the_functions_of_the_hook_cannot_be_changed(name: str) -> None:
+    """Those that a refusal's traceback shows; the program's own may get other defaults."""
+    source = f"""
+try: open("/etc/passwd")
+except OSError as error: trace = error.__traceback__
+while trace.tb_next: trace = trace.tb_next
+values = [value for frame in (trace.tb_frame, trace.tb_frame.f_back) for value in frame.f_locals.values()]
+functions = [f for value in values if type(value) is tuple for f in value if type(f) is type(lambda: 0)]
+assert functions, "NONE"
+def own(x=1): return x
+own.__defaults__ = (2,)
+assert own() == 2
+setattr(functions[-1], {name!r}, own.__code__ if {name!r} == "__code__" else None)
+"""
+    assert run_program(source).reason.startswith("forbidden: "), run_program(source).reason
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import marshal; marshal.loads(marshal.dumps(compile('', '', 'exec')))",
+        "import marshal; open('x', 'wb').write(marshal.dumps(1)); marshal.load(open('x', 'rb'))",
+        "import marshal, os, sys; sys.path.insert(0, os.getcwd()); from importlib.util import MAGIC_NUMBER as m\n"
+        "open('own.pyc', 'wb').write(m + bytes(12) + marshal.dumps(compile('', '', 'exec'))); import own",
+    ],
+)
+def test_no_bytecode(source: str) -> None:
+    assert run_program(source).reason.startswith("forbidden: marshal.load")
+
+
+def test_no_bytecode_as_a_frozen_module() -> None:
+    source = "import marshal, _imp; _imp.get_frozen_object('x', marshal.dumps(compile('', '', 'exec')))"
+    assert not run_program(source).passed  # by an error of the interpreter, which hides ours
+
+
+def test_built_in_modules() -> None:
+    assert run_program("import sys\nfor name in ('math', '_io', 'time', 'faulthandler'): __import__(name)").passed
+    source = "import _imp; from importlib.machinery import ModuleSpec as S; _imp.create_builtin(S('_io', None))"
+    assert run_program(source).reason.startswith("failed: AttributeError: module '_imp' has no attribute")
+
+
+def test_installed_packages_are_not_for_programs() -> None:
+    folder = sysconfig.get_path("purelib")
+    base = sysconfig.get_path("purelib", vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
+    for path in (folder, base):
+        outcome = run_program(f"import sys; sys.path.append({path!r}); import numpy")
+        assert outcome.reason == "failed: ModuleNotFoundError: No module named 'numpy'"
+        assert run_program(f"import os; os.listdir({path!r})").reason.startswith("forbidden: os.listdir")
+        assert run_program(f"open({path + '/numpy/version.py'!r})").reason.startswith("forbidden: open")
+
+
+def test_paths_with_dots() -> None:
+    source = (
+        "import os\nos.mkdir('a'); open('a/../b', 'w').close(); open(os.getcwd() + '/a/../b').close(); open('a/./../b')"
+    )
+    assert run_program(source) == Outcome(passed=True, reason="passed")
+    for path in ("a/../../x", "../x", "./../x", "{here}/a/../../x", "{library}/../../x"):
+        source = (
+            f"import os\nos.mkdir('a')\nopen({path!r}.format(here=os.getcwd(), library=os.path.dirname(os.__file__)))"
+        )
+        assert run_program(source).reason.startswith("forbidden: open"), path
+
+
+def test_a_path_that_only_looks_like_a_device() -> None:
+    source = "class S(str):\n    __hash__ = lambda self: hash('/dev/null')\n    __eq__ = lambda self, other: True\n"
+    assert run_program(source + "open(S('/etc/passwd'))").reason.startswith("forbidden: open")
+
+
+def test_a_pool_of_threads() -> None:
+    source = "from concurrent.futures import ThreadPoolExecutor\nfrom time import sleep\n"
+    source += "with ThreadPoolExecutor(8) as pool: assert len(list(pool.map(lambda n: sleep(0.01), range(32)))) == 32"
+    assert run_program(source, timeout_s=10) == Outcome(passed=True, reason="passed")
+
+
 def test_a_refusal_that_is_caught_stays_a_refusal() -> None:
     """No process comes of a fork bomb, however it is wrapped."""
     source = """
@@ -384,6 +493,19 @@ def test_what_a_program_writes_is_bounded() -> None:
     assert "Too many open files" in run_program("files = [open('a', 'w') for _ in range(99)]").reason
 
 
+def test_folders_with_paths_longer_than_the_system_takes_are_removed() -> None:
+    source = "import os\nat = os.open('.', os.O_RDONLY)\nfor n in range(30):\n    os.mkdir('x' * 250, dir_fd=at)\n"
+    source += "    new = os.open('x' * 250, os.O_RDONLY, dir_fd=at); os.close(at); at = new\n"
+    assert run_program(source) == Outcome(passed=True, reason="passed")
+
+
+def test_an_outcome_is_told_even_where_its_folder_cannot_be_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _remove(tmp_path / "absent")
+    assert "cannot be removed" in caplog.text
+
+
 def test_folders_are_removed_whatever_their_modes() -> None:
     source = "import os\nos.mkdir('d', 0o300); open('d/f', 'w').close(); os.mkdir('d/e', 0o300)\n"
     source += "open('d/e/f', 'w').close(); os.mkdir('none', 0)\nfor n in range(100): os.mkdir('x' + '/x' * n)"
@@ -474,6 +596,15 @@ attempt("limits set", lambda: resource.prlimit(0, resource.RLIMIT_CORE, (0, 0)))
 attempt("thread", lambda: threading.Thread(target=int).start())
 for name, path in (("inside", "own"), ("outside", spec["outside"]), ("null", "/dev/null")):
     attempt("write " + name, lambda: open(path, "w").close())
+for name in ("read outside", "read shadow", "environment"):
+    attempt(name, lambda: open(spec[name], "rb").close())
+attempt("list", lambda: os.listdir(os.path.dirname(spec["outside"])))
+attempt("read inside", lambda: open("own").close())
+attempt("library", lambda: __import__("fractions"))
+attempt("random", lambda: open("/dev/urandom", "rb").read(1))
+attempt("utime", lambda: os.utime(spec["outside"], (0, 0)))
+attempt("nice", lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 1))
+attempt("affinity", lambda: os.sched_setaffinity(os.getppid(), {0}))
 attempt("remove outside", lambda: os.remove(spec["outside"]))
 attempt("truncate outside", lambda: os.truncate(spec["outside"], 0))
 attempt("make outside", lambda: os.mkdir(spec["outside"] + "d"))
@@ -498,6 +629,9 @@ def attacked(tmp_path: Path, outside: Path) -> dict[str, Any]:
     spec = {
         "numbers": {name: number for name, number in numbers.items() if number is not None},
         "outside": str(outside),
+        "read outside": str(outside),
+        "read shadow": "/etc/shadow",
+        "environment": f"/proc/{os.getpid()}/environ",
         "limits": ["CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE"],
     }
     done = subprocess.run(
@@ -519,8 +653,10 @@ def test_the_kernel_refuses(attacked: dict[str, Any], outside: Path) -> None:
     assert len(attacked["raw"]) > 60
     assert {name: code for name, code in attacked["raw"].items() if code != EPERM} == {"clone3": ENOSYS}
     refused = ("fork", "run", "spawn", "execv", "execv itself", "socket", "kill parent", "kill all", "limits set")
+    refused += ("utime", "nice", "affinity")
     assert {name: attacked[name] for name in refused} == dict.fromkeys(refused, EPERM)
     allowed = ("kill itself", "limits read", "thread", "write inside", "write null", "remove inside")
+    allowed += ("read inside", "library", "random")
     assert {name: attacked[name] for name in allowed} == dict.fromkeys(allowed, 0)
     assert attacked["chmod outside"] == EPERM
     wanted = [20, 1 << 30, sandbox_confine.MAX_FILE_BYTES, sandbox_confine.MAX_OPEN_FILES]
@@ -534,6 +670,7 @@ def test_landlock_refuses(attacked: dict[str, Any], outside: Path) -> None:
     if ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) < 3:
         pytest.skip("this kernel has no Landlock that knows truncation")
     refused = ("write outside", "remove outside", "truncate outside", "make outside")
+    refused += ("read outside", "read shadow", "environment", "list")
     assert {name: attacked[name] for name in refused} == dict.fromkeys(refused, EACCES)
     assert_untouched(outside)
 

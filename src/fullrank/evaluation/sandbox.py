@@ -16,14 +16,15 @@
 
 This is made for the mistakes and the odd ideas of a language model. It is **not a virtual machine**: a flaw of the
 kernel is not held off. Without Landlock, what breaks out of the interpreter can read and write what this user can.
-Where there is no seccomp (macOS), it can also use the network, and the memory limit has no effect. Run models that you do not trust in a container or a virtual machine.
+Where there is no seccomp (macOS), it can also use the network, and the memory limit has no effect. Run models that
+you do not trust in a container or a virtual machine.
 
 A program passes only if it comes to its end: then, and not before, a random token is written to a pipe, by a step that
 the program cannot call. To exit early, by `sys.exit` or `os._exit`, is not to pass, nor is anything printed.
 
 Programs see the standard library alone, without `asyncio` (it needs sockets), `ctypes`, `marshal` and what changes the
-modes and times of files (`shutil.copy`; `shutil.copyfile` works), the same order of hashes in
-every run, and no ``__name__``, so that a main block does not run: as in the authors' harness.
+modes and times of files (`shutil.copy`; `shutil.copyfile` works). They see the same order of hashes in every run, and
+no ``__name__``, so that a main block does not run: as in the authors' harness.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Run as a script by `sandbox.py`, in a process of its own, with the standard libr
 (`sandbox_runner.py`) replaces this one, so that the process that runs untrusted code has never loaded `ctypes`.
 
 On Linux: resource limits, Landlock where the kernel has it (outside the folder no writing, and no reading but of the
-interpreter and the libraries), and a seccomp filter (no network, no processes, no changes to the system). Elsewhere: resource limits alone. The syscall numbers are those of
-Linux's unistd.h; a name without a number does not exist on that machine.
+interpreter and the libraries), and a seccomp filter (no network, no processes, no changes to the system). Elsewhere:
+resource limits alone. The syscall numbers are those of Linux's unistd.h; a name without a number does not exist on that
+machine.
 """
 
 from __future__ import annotations

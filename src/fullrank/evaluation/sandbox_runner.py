@@ -13,16 +13,19 @@ the program are compiled from their sources.
 
 from __future__ import annotations
 
+import _imp
 import _thread
 import itertools
 import os
 import sys
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from io import FileIO
 from operator import call
 from time import sleep
 from typing import Any
+from warnings import catch_warnings
 
 STACK_BYTES = 64 << 20
 MAX_WRITES = 256
@@ -68,7 +71,17 @@ REFUSED_EVENTS = (
 """Audit events, by how they begin; those of files are judged by their paths."""
 
 REFUSED_MODULES = frozenset(
-    {"ctypes", "_ctypes", "_curses", "_dbm", "_gdbm", "_multiprocessing", "_posixshmem", "_remote_debugging", "_sqlite3"}
+    {
+        "ctypes",
+        "_ctypes",
+        "_curses",
+        "_dbm",
+        "_gdbm",
+        "_multiprocessing",
+        "_posixshmem",
+        "_remote_debugging",
+        "_sqlite3",
+    }
     | {"_ssl", "_testcapi", "_testinternalcapi", "_testlimitedcapi", "_tkinter", "readline"}
     | {"_interpchannels", "_interpqueues", "_interpreters", "_xxinterpchannels", "_xxsubinterpreters"}
 )
@@ -122,11 +135,21 @@ def refuse_import(
         raise error("this extension module cannot be imported here")
 
 
+def refuse_attribute(item: Any, name: str, here: str = __file__, error: type[Exception] = Forbidden) -> None:
+    """Raise for a change of a function's body, and of what this file's functions take as defaults."""
+    if name == "__code__":
+        raise error("a function cannot be given another body")
+    # others may get other defaults: named tuples are made so
+    if name in ("__defaults__", "__kwdefaults__") and item.__code__.co_filename == here:
+        raise error("the sandbox's functions cannot be changed")
+
+
 def refuse_path(
     event: str,
     path: Any,
     roots: tuple[str, ...],
     error: type[Exception] = Forbidden,
+    devices: frozenset[str] = DEVICES,
     packages: frozenset[str] = frozenset({"site-packages", "dist-packages"}),
     exact: Any = (type, str, bytes, int),
 ) -> None:
@@ -137,6 +160,7 @@ def refuse_path(
         path: What the program gave; a relative one is within the program's folder, which it cannot leave.
         roots: The folders, each with a slash at its end; the program's own is first. It has no links.
         error: What to raise.
+        devices: Files outside that may be opened.
         packages: Names of folders to refuse.
         exact: Built-ins.
     """
@@ -146,6 +170,8 @@ def refuse_path(
     name = path.decode("utf-8", "surrogateescape") if type_(path) is bytes_ else path
     if type_(name) is not str_:
         raise error(f"{event}: a path that is not plain")
+    if event == "open" and name in devices:
+        return
     if name[:1] == "/" and not f"{name}/".startswith(roots):
         raise error(f"{event}: a path outside the folder")
     own, depth = name.removeprefix(roots[0]), 0
@@ -154,8 +180,7 @@ def refuse_path(
             if depth == 0 or own[:1] == "/":
                 raise error(f"{event}: a path that may lead outside the folder")
             depth -= 1
-        elif part not in ("", "."):
-            depth += 1
+        depth += part not in ("", ".", "..")
         if part.lower() in packages:
             raise error(f"{event}: installed packages are not for programs")
 
@@ -185,23 +210,17 @@ def install_hook(folder: str, readable: tuple[str, ...]) -> None:
         readable: tuple[str, ...] = tuple(f"{path}/" for path in (folder, *readable)),
         extensions: frozenset[str] = library_extensions(readable),
         writes: Any = itertools.count(),  # noqa: B008 - one for all events
-        names: Any = (REFUSED_EVENTS, READING, CHANGING, DEVICES, __file__),
-        constants: Any = (MAX_WRITES, WRITE_FLAGS),
-        does: Any = (Forbidden, refuse_import, refuse_path, next),
+        names: Any = (REFUSED_EVENTS, READING, CHANGING, MAX_WRITES, WRITE_FLAGS),
+        does: Any = (Forbidden, refuse_import, refuse_attribute, refuse_path, next),
     ) -> None:
-        refused, reading, changing, devices, here = names
-        max_writes, write_flags = constants
-        forbidden, judge_import, judge_path, next_ = does
+        refused, reading, changing, max_writes, write_flags = names
+        forbidden, judge_import, judge_attribute, judge_path, next_ = does
         if event.startswith(refused):
             raise forbidden(event)
         if event == "import":
             judge_import(args[0], args[1], extensions)
-        if event == "object.__setattr__" or event == "object.__delattr__":
-            if args[1] == "__code__":
-                raise forbidden("a function cannot be given another body")
-            # others' may change: named tuples are made so
-            if args[1] in ("__defaults__", "__kwdefaults__") and args[0].__code__.co_filename == here:
-                raise forbidden("the sandbox's functions cannot be changed")
+        if event in ("object.__setattr__", "object.__delattr__"):
+            judge_attribute(args[0], args[1])
         opened = event == "open"
         if not (opened or event in reading or event in changing):
             return
@@ -211,8 +230,7 @@ def install_hook(folder: str, readable: tuple[str, ...]) -> None:
         # os.open (no mode) could give a folder's descriptor, relative to which paths mean other files
         roots = folder if changes or (opened and args[1] is None) else readable
         for path in args[:2] if event == "os.rename" else args[:1]:
-            if not (opened and path in devices):
-                judge_path(event, path, roots)
+            judge_path(event, path, roots)
 
     sys.addaudithook(hook)
 
@@ -250,6 +268,16 @@ def start_program(report: int, started: list[None]) -> None:
     _thread.start_new_thread(deque, (map(call, steps), 0))
 
 
+def load_modules() -> None:
+    """Load what a program may use, and take away the only way to load a built-in module without an audit event."""
+    with catch_warnings(action="ignore"):  # of deprecated modules; they would be taken for a report
+        for name in (*LOADED_BEFORE, *sys.builtin_module_names):
+            if name not in REFUSED_MODULES:
+                with suppress(ImportError):
+                    __import__(name)
+    del _imp.create_builtin
+
+
 def main() -> None:
     """Run the program on standard input and report how it ended."""
     report = os.dup(1)
@@ -257,8 +285,7 @@ def main() -> None:
     started: list[None] = []
     reason = [b"exited: the program ended before its tests did"]
     note_into(reason)
-    for name in LOADED_BEFORE:
-        __import__(name)
+    load_modules()
     sys.pycache_prefix = f"{sys.argv[1]}/no-bytecode"  # so that imports do without marshal, which is refused
     install_hook(sys.argv[1], tuple(sys.path))
     sys.argv = ["program"]
