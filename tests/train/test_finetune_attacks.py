@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    TrainerCallback,
+)
 
 from fullrank import ConfigError
 from fullrank.cli import main
@@ -267,3 +273,31 @@ def test_a_peft_adapter_of_another_tool_loads(place: Path, tmp_path: Path) -> No
     loaded = load_trained(str(place / "base"), adapter=str(tmp_path / "again")).model.state_dict()
     for name, value in load_trained(str(tmp_path / "run")).model.state_dict().items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_on_another_architecture_is_refused(place: Path, tmp_path: Path) -> None:
+    """Before a model of the wrong class is built, which could be of any size."""
+    content = instructions(place / "base", place / "rows.json", tmp_path / "run", "sift", num_train_epochs=1)
+    assert finetune(resolve(content)) is not None
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
+    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match=r"trained from another base: on a LlamaForCausalLM, and .* is a gpt2"):
+        load_trained(str(tmp_path / "gpt2"), adapter=str(tmp_path / "run" / "adapter"))
+
+
+@pytest.mark.parametrize("own", [0, None])
+def test_model_and_tokenizer_agree_on_padding(own: int | None, tmp_path: Path) -> None:
+    """A decoder takes the classes of a padded example from its last real token, whatever it is batched with."""
+    tokenizer = make_tokenizer(pads=False)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=own, initializer_range=0.5, **sizes)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded = load_trained(str(tmp_path / "model"))
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.pad_token_id == loaded.model.config.pad_token_id is not None
+    texts = ["the", "the answer is yes : no"]
+    together = loaded.model(**loaded.tokenizer(texts, padding=True, return_tensors="pt")).logits
+    for text, logits in zip(texts, together, strict=True):
+        torch.testing.assert_close(loaded.model(**loaded.tokenizer(text, return_tensors="pt")).logits[0], logits)
