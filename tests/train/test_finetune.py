@@ -146,8 +146,15 @@ def test_projected_methods_on_loras_factors(method: str, place: Path, tmp_path: 
         assert torch.equal(value, before[name]) != targeted, name
 
 
-@pytest.mark.parametrize("kind", ["instructions", "classification"])
-@pytest.mark.parametrize("method", ["full", "fira", "lora", "relora", "sift"])
+RESUMED = [
+    *(("instructions", method) for method in ("fira", "lora", "sift")),
+    *(("classification", method) for method in ("lora", "sift")),
+    *(pytest.param("instructions", method, marks=pytest.mark.slow) for method in ("full", "relora")),
+    *(pytest.param("classification", method, marks=pytest.mark.slow) for method in ("full", "fira", "relora")),
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), RESUMED)
 def test_resumed_is_uninterrupted(kind: str, method: str, finished: Any, place: Path, tmp_path: Path) -> None:
     whole = finished(kind, method)
     folder = tmp_path / "resumed"

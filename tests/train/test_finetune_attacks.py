@@ -131,7 +131,7 @@ class StopAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("step", [3, 7, 8, 13])
+@pytest.mark.parametrize("step", [*(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8)), 7, 13])
 def test_a_stop_changes_nothing(step: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop within an epoch is not scored, so it cannot be the best; a resumed run is the uninterrupted one."""
     whole = classification(place / "encoder", place / "glue", tmp_path / "whole", "full", num_train_epochs=2)
