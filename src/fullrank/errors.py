@@ -18,3 +18,8 @@ class TrainingError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """A combination that this version refuses, with the reason and what to do instead."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message: the rest is its own advice, not ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,6 @@ Writes a trained model, adapter merged, as a folder that from_pretrained loads, 
   --dtype DTYPE     float32, bfloat16 or float16; default: that of the model's files
 """
 
-
 EVALUATE_USAGE = """\
 usage: fullrank evaluate --model MODEL [--adapter DIR] --tasks TASK,TASK [--data.TASK PATH ...] [--output_dir DIR]
 

@@ -24,6 +24,7 @@ from fullrank.evaluation.commonsense import answers
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.unit import Evaluated, Outcome
 from fullrank.train.data.prompts import render_prompt
+from fullrank.train.model import longest_sequence
 
 _RESPONSE = "### Response:"
 
@@ -82,7 +83,7 @@ def generate_answers(rows: list[dict[str, Any]], task: str, evaluated: Evaluated
 def _outputs(rows: list[dict[str, Any]], evaluated: Evaluated, config: EvaluateConfig) -> tuple[list[str], int]:
     """What the model writes after each row's prompt, and how many prompts were too long and lost their beginning."""
     tokenizer = evaluated.tokenizer
-    bound: int | None = getattr(evaluated.model.config, "max_position_embeddings", None)
+    bound = longest_sequence(evaluated.model)
     room = None if bound is None else bound - config.answer_tokens
     if room is not None and room < 1:
         raise ConfigError(

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.evaluation.config import HARNESS_EXTRA
 from fullrank.evaluation.unit import Evaluated, Outcome
 
@@ -58,7 +58,7 @@ def hub_task(task: str, *, num_fewshot: int = 0) -> Any:
     try:
         found = _manager(task).load([name])["tasks"][name]
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         kind = "mmlu" if task.startswith("mmlu_") else "commonsense"
         raise ConfigError(
             f"the hub does not give the dataset of {task}: {reason}. Name local files by data.{kind}."

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.train.data.sources import find_files, fingerprint
 
 HUB = "openai/openai_humaneval"
@@ -82,7 +82,7 @@ def _from_hub() -> list[Problem]:
     try:
         rows: Iterable[Any] = load_dataset(HUB, split="test")
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"the hub does not give {HUB}: {reason}. Name a local HumanEval.jsonl by data.humaneval."
         ) from error

@@ -9,8 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fullrank.errors import ConfigError
 from fullrank.evaluation import commonsense, harness, humaneval, mmlu, scored
 from fullrank.evaluation.config import EvaluateConfig
@@ -23,6 +21,7 @@ from fullrank.train.data.glue import load_glue_validation
 from fullrank.train.data.sequences import load_scored
 from fullrank.train.data.sources import fingerprint
 from fullrank.train.folders import cache_dir, refuse_unusable
+from fullrank.train.load import device_named
 from fullrank.train.report import num_processes
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def _wrong_settings(config: EvaluateConfig) -> list[str]:
         problems.append(f"num_fewshot must be at least 0, got {config.num_fewshot}. Raise it.")
     if num_processes() > 1:
         problems.append("evaluate runs in one process. Start it without torchrun.")
-    for check in (partial(device_of, config), partial(_check_folder, config)):
+    for check in (partial(device_named, config.device), partial(_check_folder, config)):
         try:
             check()
         except ConfigError as error:
@@ -92,23 +91,6 @@ def _wrong_settings(config: EvaluateConfig) -> list[str]:
 def _check_folder(config: EvaluateConfig) -> None:
     if config.output_dir:
         refuse_unusable(Path(config.output_dir), remedy="Choose another.", may_hold_files=True)
-
-
-def device_of(config: EvaluateConfig) -> torch.device:
-    """The device to run on.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
-    if config.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"device {config.device!r} cannot be used: {reason}. Set it to cpu or cuda:0.") from None
-    return device
 
 
 def _perplexity(config: EvaluateConfig, task: str) -> Unit:

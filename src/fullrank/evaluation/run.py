@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from fullrank.errors import ConfigError
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.model import describe, unfit
-from fullrank.evaluation.plan import device_of, plan, together
+from fullrank.evaluation.plan import plan, together
 from fullrank.evaluation.record import FILE, Record
 from fullrank.evaluation.unit import Evaluated, Unit
-from fullrank.train.load import Loaded, forget_generation, load_trained
+from fullrank.train.load import Loaded, device_named, forget_generation, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _warn_of_template(loaded: Loaded, config: EvaluateConfig, pending: list[Unit
 def _on_device(loaded: Loaded, config: EvaluateConfig) -> Evaluated:
     """The model where it is to run, in evaluation mode, its data type kept."""
     assert isinstance(loaded.tokenizer, PreTrainedTokenizerFast)  # checked before
-    loaded.model.to(device_of(config))  # type: ignore[arg-type]
+    loaded.model.to(device_named(config.device))  # type: ignore[arg-type]
     loaded.model.eval()
     forget_generation(loaded.model, loaded.tokenizer)
     return Evaluated(loaded.model, loaded.tokenizer, config.batch_size)

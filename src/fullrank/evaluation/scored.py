@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as progress
 
@@ -25,6 +24,7 @@ from fullrank.train.data.prepared import Data
 from fullrank.train.data.sequences import load_scored
 from fullrank.train.data.sources import find_source, fingerprint
 from fullrank.train.folders import cache_dir
+from fullrank.train.model import longest_sequence
 
 PAPER_LENGTH = 256
 """Sequence length at which the papers report perplexity (tokens)."""
@@ -143,17 +143,6 @@ def _predict(data: Data, rows: Dataset, evaluated: Evaluated, *, name: str) -> E
         kept.append(condense(logits, targets).float().cpu().numpy())
         labels.append(targets.cpu().numpy())
     return EvalPrediction(predictions=np.concatenate(kept), label_ids=np.concatenate(labels))
-
-
-def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Tokens that a model takes at most; None if it does not say."""
-    bound: int | None = getattr(model.config, "max_position_embeddings", None)
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            # RoBERTa and its kin number positions from behind the padding token
-            bound = table.num_embeddings - table.padding_idx - 1
-    return bound
 
 
 def check_scored(config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, kind: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fullrank.adapter import fingerprint
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
 from fullrank.ops.seeded import seeded
 from fullrank.params import class_head, is_classifier
@@ -134,7 +134,7 @@ def merge_saved(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     try:
         with_adapter: Any = PeftModel.from_pretrained(model, folder)
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"the adapter in {folder} does not fit the model ({type(model).__name__}): {reason}. Name the base that it "
             "was trained from."

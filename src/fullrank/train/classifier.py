@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.params import class_head
 from fullrank.train.config import ModelConfig
-from fullrank.train.model import first_line, fit_length, network_config, unbuildable
+from fullrank.train.model import fit_length, longest_sequence, network_config, unbuildable
 
 logger = logging.getLogger(__name__)
 
@@ -153,12 +153,9 @@ def _refuse_incomplete(model: PreTrainedModel, missing: set[str], config: ModelC
 
 
 def _fit_positions(model: PreTrainedModel, config: ModelConfig, *, sequence_length: int) -> None:
-    """RoBERTa and its kin number positions from behind the padding token, so they have fewer than they declare."""
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            bound = table.num_embeddings - table.padding_idx - 1
-            if sequence_length > bound:
-                raise ConfigError(
-                    f"data.sequence_length must be at most {bound} for {config.name}, got {sequence_length}. Lower it."
-                )
+    """Some models take fewer tokens than they declare, which only they themselves tell."""
+    bound = longest_sequence(model)
+    if bound is not None and sequence_length > bound:
+        raise ConfigError(
+            f"data.sequence_length must be at most {bound} for {config.name}, got {sequence_length}. Lower it."
+        )

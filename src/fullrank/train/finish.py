@@ -13,15 +13,13 @@ from fullrank import memory
 from fullrank.methods import Built
 from fullrank.train import report
 from fullrank.train.config import RunConfig
-from fullrank.train.data.prepared import Data
+from fullrank.train.data.prepared import IGNORED, Data
 from fullrank.train.trainer import keeps_best
 
 if TYPE_CHECKING:
     from fullrank.train.adapters import Adapters
 
 PROMPT = "The"
-IGNORED = -100
-"""The label that the loss leaves out."""
 
 
 def finish(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fullrank.errors import ConfigError
 from fullrank.params import is_classifier
 from fullrank.train.data.prompts import CHAT, end_of_turn, render_prompt
-from fullrank.train.load import Loaded, forget_generation, load_trained
+from fullrank.train.load import Loaded, device_named, forget_generation, load_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +55,11 @@ def generate(config: GenerateConfig) -> str:
     """
     if problems := _problems(config):
         raise ConfigError(" ".join(problems))
+    device = device_named(config.device)
     loaded = load_trained(config.model, adapter=config.adapter, dtype=config.dtype)
     if loaded.tokenizer is None:
         raise ConfigError(f"there is no tokenizer beside {config.model}. Save one there: tokenizer.save_pretrained.")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        loaded.model.to(device)  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"device {device!r} cannot be used: {reason}. Set it to cpu or cuda:0.") from error
+    loaded.model.to(device)  # type: ignore[arg-type]
     if is_classifier(loaded.model):
         return classify(loaded, loaded.tokenizer, config.prompt, config.input)
     return answer(loaded, loaded.tokenizer, config)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fullrank.adapter import SparseAdapter, load_adapter
-from fullrank.errors import CheckpointError, ConfigError
+from fullrank.errors import CheckpointError, ConfigError, first_line
 from fullrank.params import is_classifier
 from fullrank.train.model import missing_weights
 from fullrank.weights import holds_factors, read_weights, run_folder, weights_folder
@@ -184,7 +184,7 @@ def _from_pretrained(kind: Any, name: str, *, dtype: Any, complete: bool = True,
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **settings
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         hint = "Its weights must be safetensors." if os.path.isdir(name) else "Without a network, name a local folder."
         raise ConfigError(f"model {name} cannot be loaded as a {kind.__name__}: {reason}. {hint}") from error
     if complete and report["missing_keys"]:
@@ -202,7 +202,7 @@ def _network(place: str) -> Any:
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"model {place!r} is neither a folder with a config.json nor a model that the hub gives us: {reason}. "
             "Without a network, name a local folder."
@@ -242,6 +242,23 @@ def _origin(name: str) -> dict[str, Any]:
     result = run / "result.json"
     ended = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     return known | {"prompt_template": ended.get("prompt_template")}
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of this name; None: the GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error).rstrip(".")
+        raise ConfigError(f"device {name!r} cannot be used: {reason}. Set it to cpu or cuda:0.") from None
+    return device
 
 
 def forget_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.train.config import ModelConfig
 from fullrank.weights import holds_factors, read_weights
 
@@ -289,14 +289,20 @@ def missing_weights(model: nn.Module, names: set[str]) -> list[str]:
     return sorted(set(model.state_dict()) - names - tied)
 
 
+def longest_sequence(model: nn.Module) -> int | None:
+    """Tokens that a model takes at most; None if it does not say."""
+    bound: int | None = getattr(model.config, "max_position_embeddings", None)
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            # RoBERTa and its kin number positions from behind the padding token
+            bound = table.num_embeddings - table.padding_idx - 1
+    return bound
+
+
 def unbuildable(config: ModelConfig, error: Exception) -> ConfigError:
     """The error for a model that transformers refuses to construct."""
     return ConfigError(
         f"transformers cannot build {config.name} with model.overrides {config.overrides} and "
         f"model.attn_implementation {config.attn_implementation}: {first_line(error)} Change what it names."
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message: the rest is its own advice, not ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

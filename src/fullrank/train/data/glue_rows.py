@@ -18,7 +18,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.train.config import GlueConfig
 from fullrank.train.data.glue_tasks import HIGHEST_SCORE, LOWEST_SCORE, TASKS, GlueTask
 from fullrank.train.data.sources import Source
@@ -242,7 +242,7 @@ def _open_split(source: Source, task: GlueTask, *, cache_dir: Path) -> Dataset:
             source.name, source.subset, split=source.split, cache_dir=str(cache_dir / "datasets")
         )
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error.__cause__ or error).rstrip(".")
         raise ConfigError(
             f"{_title(source)} has no {task.folder}/{task.train_files[0]}, and `datasets` cannot read it: {reason}. "
             "Check the name, the subset and the split, or set data.name to a folder with GLUE's official files."

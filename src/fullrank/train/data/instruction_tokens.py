@@ -25,9 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.train.data.instruction_rows import Rows
 from fullrank.train.data.instruction_texts import Example, Writer
+from fullrank.train.data.prepared import IGNORED
 
-IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
 ENCODED = Features(
     {
         "input_ids": List(Value("int32")),

@@ -25,9 +25,9 @@ from fullrank.errors import ConfigError
 from fullrank.train.config import InstructionsConfig
 from fullrank.train.data.instruction_rows import Rows, read_rows
 from fullrank.train.data.instruction_texts import Writer, recognise_format
-from fullrank.train.data.instruction_tokens import ENCODED, IGNORED, Encoder
+from fullrank.train.data.instruction_tokens import ENCODED, Encoder
 from fullrank.train.data.packing import MULTIPLE, PackedCollator, pack
-from fullrank.train.data.prepared import Data
+from fullrank.train.data.prepared import IGNORED, Data
 from fullrank.train.data.prompts import CHAT
 from fullrank.train.data.sources import find_source, find_validation, fingerprint
 from fullrank.train.data.token_mean import TOKEN_MEAN

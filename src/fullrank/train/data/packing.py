@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fullrank.errors import UnsupportedError
+from fullrank.train.data.prepared import IGNORED
 from fullrank.train.data.sources import fingerprint
 
 MULTIPLE = 8
 """Lengths of batches are rounded up to this, which matrix units like (tokens)."""
-_IGNORED = -100
 
 
 def pack(examples: Dataset, *, sequence_length: int, cache_file: Path) -> Dataset:
@@ -80,7 +80,7 @@ class PackedCollator:
         shape = (len(rows), -(-longest // MULTIPLE) * MULTIPLE)
         batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, _IGNORED),
+            "labels": torch.full(shape, IGNORED),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
             "use_cache": False,
         }

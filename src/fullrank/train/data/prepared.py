@@ -10,6 +10,9 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import EvalPrediction
 
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
 
 @dataclass(frozen=True)
 class Scoring:

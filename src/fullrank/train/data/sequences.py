@@ -27,12 +27,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fullrank.errors import ConfigError
 from fullrank.train.config import DataConfig
-from fullrank.train.data.prepared import Data
+from fullrank.train.data.prepared import IGNORED, Data
 from fullrank.train.data.sources import fingerprint
 from fullrank.train.data.text import load_scored_text, load_text
 from fullrank.train.data.token_mean import TOKEN_MEAN
 
-_IGNORED = -100  # the label that torch's cross entropy leaves out
 _BLOCK = 1_000  # documents that are packed together
 _ROW = Features({"input_ids": List(Value("int32"))})
 _COMPARED = 256  # sequences at each end that tell one text from another
@@ -62,7 +61,7 @@ class Collator:
             return {"input_ids": input_ids, "labels": input_ids.clone()}
         shape = (len(rows), self.sequence_length)
         input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, _IGNORED)
+        labels = torch.full(shape, IGNORED)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         for index, row in enumerate(rows):
             tokens = torch.tensor(row["input_ids"])

@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.train.config import PYTHON_DOCS, DataConfig, InstructionsConfig
 from fullrank.train.data.pythondocs import write_python_docs
 
@@ -223,7 +223,7 @@ def read_text_files(paths: list[str], *, whole: bool) -> Iterator[dict[str, str]
 
 def _unreadable(source: Source, error: Exception) -> ConfigError:
     """The error for text that `datasets` could not open or parse."""
-    reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error.__cause__ or error)
     if source.files:
         return ConfigError(f"{source.name} cannot be read: {reason} Check that its files are what they are called.")
     return ConfigError(

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, first_line
 from fullrank.train.config import TRAINED, DataConfig
 from fullrank.train.data.sources import fingerprint
 from fullrank.train.data.text import load_text
@@ -68,7 +68,7 @@ def named_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"tokenizer {name!r} is neither a folder with a tokenizer nor one the hub gives us: {reason} {remedy}"
         ) from error
