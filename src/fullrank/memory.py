@@ -1,9 +1,11 @@
-"""Bytes: of gradients, of the optimizer's state as held, of AdamW's beside it, and of the process at its peak."""
+"""Bytes: of weights, gradients, the optimizer's state as held, of AdamW's beside it, and of the process at its peak."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,14 +31,25 @@ def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters as they train: those of LoRA's factors too, and shared ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def adamw_state_bytes(model: nn.Module) -> int:
     """Bytes of state of full-rank AdamW on this model, the yardstick."""
     return METHODS["full"].state_bytes(model, FullConfig())
 
 
 def peak_memory_bytes() -> int:
-    """The most memory allocated on the GPU so far, or without one the peak resident size of the process."""
+    """The most memory allocated on the GPU so far, or without one the peak resident size of the process.
+
+    Linux's own number of a program counts from its start; that of `getrusage` goes on from the process that started it.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

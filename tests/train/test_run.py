@@ -72,7 +72,7 @@ def test_a_run_folder_holds_everything(method: str, finished: Any) -> None:
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     rows = [row for row in read_metrics(folder) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert {"lr", "grad_norm", "tokens", "step_time_s", "memory_bytes"} <= rows[0].keys()
+    assert {"lr", "grad_norm", "tokens", "step_time_s", "train_time_s", "memory_bytes"} <= rows[0].keys()
     assert max(row["lr"] for row in rows) == pytest.approx(METHOD_OPTIONS[method]["lr"])
 
 

@@ -67,9 +67,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+MEASURED = ("step_time_s", "train_time_s", "memory_bytes")
+"""What in a row of the metrics depends on the machine."""
+
+
 def trajectory(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what depends on the machine."""
-    return [{k: v for k, v in row.items() if k not in ("step_time_s", "memory_bytes")} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(folder)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -46,10 +46,12 @@ EXTRAS = {
     **dict.fromkeys(("lm_eval", "sklearn", "scipy"), "eval"),
 }
 """Package that may be missing -> the extra that brings it."""
+STATUS = {ConfigError: 2, TrainingError: 3}
+"""Kind of error -> exit status; any other is 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (0 done, 1 failed, 2 wrong usage, 130 stopped)."""
+    """Run one command; returns its exit status (0 done, 1 failed, 2 wrong usage, 3 diverged, 130 stopped)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fullrank").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments[0]](arguments[1:])
     except (ConfigError, CheckpointError, TrainingError, UnsupportedError) as error:
         print(f"fullrank: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 1)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:

@@ -19,7 +19,7 @@ from fullrank.errors import TrainingError
 from fullrank.memory import peak_memory_bytes
 from fullrank.train.checkpoint import write_marker
 from fullrank.train.config import RunConfig
-from fullrank.train.report import keep_metrics, scores_in
+from fullrank.train.report import keep_metrics, read_metrics, scores_in
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Recorder(TrainerCallback):
         self.content_hash = content_hash
         self._began = 0.0
         self._step_time = 0.0
+        self._train_time = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,6 +42,7 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero:
             step = state.global_step
             keep_metrics(self.folder, lambda row: 0 < step >= row["step"])
+        self._train_time = max((row.get("train_time_s", 0.0) for row in read_metrics(self.folder)), default=0.0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,6 +53,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         self._step_time = time.perf_counter() - self._began
+        self._train_time += self._step_time
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append a row; end a run whose loss is lost.
@@ -70,6 +73,7 @@ class Recorder(TrainerCallback):
                 "grad_norm": logs.get("grad_norm"),
                 "tokens": int(state.num_input_tokens_seen),
                 "step_time_s": self._step_time,
+                "train_time_s": self._train_time,
                 "memory_bytes": peak_memory_bytes(),
             }
         else:

@@ -36,6 +36,7 @@ def finish(
     """Write the trained model, an adapter if there is one, ``loss.png`` and, last, ``result.json``."""
     kept = (keeps_best(config) and trainer.state.best_global_step) or trainer.state.global_step
     before, after = score_at(trainer, 0), score_at(trainer, kept)
+    weight_bytes = memory.weight_bytes(trainer.accelerator.unwrap_model(trainer.model))  # before factors are merged
     model, sizes = save_trained(config, trainer, folder, sizes, built=built, adapters=adapters)
     optimizer: Any = trainer.optimizer
     result = {
@@ -54,6 +55,7 @@ def finish(
         "scores": after,
         "scores_before": before,
         **sizes,
+        "weight_bytes": weight_bytes,
         "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
         "gradient_bytes": memory.gradient_bytes(optimizer),
         "peak_memory_bytes": memory.peak_memory_bytes(),

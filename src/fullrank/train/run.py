@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from fullrank import memory
 from fullrank.errors import ConfigError
@@ -42,12 +43,15 @@ SMALL_RATE = 1e-4
 """Peak learning rate at which a step of Adam is below half the spacing of bfloat16 at 0.05, a large weight."""
 
 
-def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | None:
+def pretrain(
+    config: RunConfig, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any] | None:
     """Train a language model on text, from fresh weights or trained ones, and leave a run folder behind.
 
     Args:
         config: A configuration from ``resolve``, of a pre-training run.
         resume: Go on from the newest complete checkpoint in ``config.output_dir``.
+        callbacks: Further callbacks of the Trainer, which look on; a stateful one must follow a resume by itself.
 
     Returns:
         What ``result.json`` holds, or None if the run was stopped before its end (and can be resumed).
@@ -57,18 +61,22 @@ def pretrain(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | Non
         CheckpointError: If there is nothing to resume from, or it belongs to another run.
         TrainingError: If the loss is no longer finite.
     """
-    return _run(config, "pretrain", resume=resume)
+    return _run(config, "pretrain", resume=resume, callbacks=callbacks)
 
 
-def finetune(config: RunConfig, *, resume: bool = False) -> dict[str, Any] | None:
+def finetune(
+    config: RunConfig, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any] | None:
     """Train a trained model on examples, instructions or a task of GLUE, and leave a run folder behind.
 
     Args, result and errors are those of `pretrain`, for a configuration of a fine-tuning run.
     """
-    return _run(config, "finetune", resume=resume)
+    return _run(config, "finetune", resume=resume, callbacks=callbacks)
 
 
-def _run(config: RunConfig, command: str, *, resume: bool) -> dict[str, Any] | None:
+def _run(
+    config: RunConfig, command: str, *, resume: bool, callbacks: Sequence[TrainerCallback]
+) -> dict[str, Any] | None:
     """The line itself: the same for every kind of run and every method."""
     if config.command != command:
         raise ConfigError(f"this configuration is of a {config.command} run. Call fullrank.train.run.{config.command}.")
@@ -108,7 +116,7 @@ def _run(config: RunConfig, command: str, *, resume: bool) -> dict[str, Any] | N
         data=data,
         built=built,
         folder=folder,
-        callbacks=[recorder, *([steps] if steps else [])],
+        callbacks=[recorder, *([steps] if steps else []), *callbacks],
     )
     trainer = train(config, make, built, folder, start)
     if (step := trainer.state.global_step) < trainer.args.max_steps:
