@@ -27,7 +27,7 @@ from sparsity_subjects import MEASURED, NUM_BATCHES, SIZES, TRAINING_STEPS, Batc
 from torch import Tensor, nn
 
 from fullrank.analysis.draw_sparsity import draw, gaussian_norm_share
-from fullrank.analysis.gradient_sparsity import (
+from fullrank.analysis.sparsity import (
     DENSITIES,
     GradientSparsity,
     Shares,

@@ -17,7 +17,8 @@ from typing import Any
 
 from grid import Variant, add_arguments, best_row, run_all, summarise, write_report
 
-from fullrank.analysis.draw_spectrum import COLOURS, STYLES, draw
+from fullrank.analysis.draw_spectrum import draw
+from fullrank.analysis.figure import COLOURS, STYLES
 from fullrank.analysis.spectrum import spectrum, table
 from fullrank.train.report import read_metrics
 from fullrank.train.start import start_weights

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fullrank"
-APPLICATION = {"cli", "evaluation", "train", "analysis"}
+APPLICATION = {"cli", "compare", "report", "evaluation", "train", "analysis"}
 """The parts that may need more than the core's packages."""
 CORE_PACKAGES = {*sys.stdlib_module_names, "torch", "safetensors", "fullrank"}
 HEAVY_PACKAGES = {"transformers", "peft", "accelerate", "datasets", "yaml", "jsonargparse", "matplotlib"}

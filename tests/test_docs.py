@@ -19,9 +19,13 @@ import yaml
 
 from fullrank import METHODS
 from fullrank.cli import COMMANDS
-from fullrank.cli.analysis import analyze_flags
+from fullrank.cli.analysis import ANALYSES, read_analysis
 from fullrank.cli.arguments import read_options, split_arguments
+from fullrank.cli.comparing import comparison
+from fullrank.cli.reporting import read_report
 from fullrank.cli.using import export_flags
+from fullrank.compare.config import CompareConfig
+from fullrank.compare.variants import make_variants
 from fullrank.evaluation.config import EvaluateConfig
 from fullrank.evaluation.tasks import expand
 from fullrank.train.config import GlueConfig, InstructionsConfig
@@ -109,12 +113,18 @@ def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.Capt
     assert command in COMMANDS
     if command in ("pretrain", "finetune"):
         check_run(command, arguments, capsys)
+    elif command == "compare":
+        check_comparison(arguments)
+    elif command == "report":
+        options = read_report(arguments)
+        assert options is not None
+        assert options.runs
     elif command == "recipes":
         if arguments:
             assert arguments[0] == "show"
             assert show_recipe(arguments[1])
     elif command == "analyze":
-        assert analyze_flags(arguments)
+        check_analysis(arguments, capsys)
     elif command == "export":
         assert export_flags(arguments)
     elif arguments == ["--help"]:
@@ -127,6 +137,26 @@ def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.Capt
         assert config is not None
         assert config.model
         assert expand(config.tasks)
+
+
+def check_comparison(arguments: list[str]) -> None:
+    """Resolve the command line of a comparison."""
+    options = comparison(arguments)
+    assert options is not None
+    config, overrides, resumed = options
+    assert resumed is not None or make_variants(config, overrides)
+
+
+def check_analysis(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Read the command line of an analysis, and resolve the configuration that it names; or print its help."""
+    if "--help" in arguments:
+        assert COMMANDS["analyze"](arguments) == 0
+        assert "usage: fullrank analyze" in capsys.readouterr().out
+        return
+    _, options = read_analysis(arguments)
+    recipe, changes = getattr(options, "config", None), getattr(options, "overrides", {})
+    if recipe or not options.runs:
+        assert resolve(recipe if recipe in recipe_names() else None, changes)
 
 
 def check_run(command: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,14 +281,25 @@ def test_finetuning_recipe_is_listed_with_its_values(name: str) -> None:
     assert f" {published.split(' ')[0]} " in show_recipe(name)
 
 
-@pytest.mark.parametrize("config", [EvaluateConfig, GenerateConfig, InstructionsConfig, GlueConfig])
+@pytest.mark.parametrize("config", [EvaluateConfig, GenerateConfig, InstructionsConfig, GlueConfig, CompareConfig])
 def test_options_are_explained(config: type[Any]) -> None:
-    """Every option of evaluation, generation and fine-tuning data is on the page about it."""
-    page = "evaluate" if config is EvaluateConfig else "finetune"
+    """Every option of evaluation, generation, comparison and fine-tuning data is on the page about it."""
+    page = {EvaluateConfig: "evaluate", CompareConfig: "compare"}.get(config, "finetune")
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     section = "data." if config in (InstructionsConfig, GlueConfig) else ""
     missing = [field.name for field in fields(config) if not re.search(rf"`{section}{field.name}\b", text)]
     assert not missing
+
+
+@pytest.mark.parametrize("name", list(ANALYSES))
+def test_options_of_an_analysis_are_explained(name: str) -> None:
+    """On its page, which the page about all of them points to."""
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    kind, _ = ANALYSES[name].load()
+    named = {field.name for field in fields(kind)} - {ANALYSES[name].words, ANALYSES[name].overrides}
+    missing = [option for option in named if not re.search(rf"`(--)?{option}\b", page)]
+    assert not missing
+    assert f"]({name}.md)" in (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
 
 
 def test_documents_are_short() -> None:

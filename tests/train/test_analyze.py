@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fullrank.analysis.spectrum import spectrum
+from fullrank.analysis.spectrum_run import SpectrumOptions, analyze_spectrum, start_of
 from fullrank.cli import main
+from fullrank.cli.analysis import ANALYSES, read_analysis
 from fullrank.errors import CheckpointError, ConfigError
 from fullrank.train.resolve import resolve
 from fullrank.train.run import pretrain
@@ -149,8 +154,11 @@ def test_the_command_compares_runs(
         ["o_proj", "full"],
         ["o_proj", "restarts"],
     ]
-    assert lines[-1] == f"{Path('spectrum', 'spectrum.json')}, {Path('spectrum', 'spectrum.png')}"
-    assert (tmp_path / "spectrum" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    files = [Path("spectrum", f"spectrum.{kind}") for kind in ("json", "csv", "png", "svg")]
+    assert lines[-1] == ", ".join(map(str, files))
+    assert sorted(Path("spectrum").iterdir()) == sorted(files)
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    assert "restarts" in files[3].read_text()
     content = json.loads((tmp_path / "spectrum" / "spectrum.json").read_text())
     assert content["runs"]["full"]["base"] == f"the start of {full}"
     assert content["runs"]["restarts"]["base"] == str(relora / "warm_start")
@@ -161,6 +169,40 @@ def test_the_command_compares_runs(
     assert isinstance(start, dict)
     expected = spectrum(read_weights(full), from_tensors(start, source=f"the start of {full}"), threshold=0.05)
     assert content["runs"]["full"] == expected.to_dict()
+    with files[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "run", "matrix", "threshold", "num_values", "num_below", "effective_rank", "numerical_rank", "largest"
+    ]  # fmt: skip
+    told = {(row["run"], row["matrix"]): row for row in rows}
+    assert len(told) == len(rows) == 2 * len(expected.types)
+    for kind, found in expected.types.items():
+        row = told["full", kind]
+        assert (int(row["num_below"]), int(row["num_values"])) == (found.num_below, found.num_values)
+        assert float(row["effective_rank"]) == found.effective_rank
+
+
+def test_the_analysis_from_python(full: Path, relora: Path, tmp_path: Path) -> None:
+    """The same as the command, in a folder of one's own; a second call into it is refused before any work."""
+    options = SpectrumOptions(runs=[str(relora)], target_modules=["mlp"], output_dir=str(tmp_path / "a" / "b"))
+    found = analyze_spectrum(options)
+    assert [path.name for path in found.files] == [f"spectrum.{kind}" for kind in ("json", "csv", "png", "svg")]
+    assert all(path.parent == tmp_path / "a" / "b" for path in found.files)
+    content = json.loads(found.files[0].read_text())
+    assert content.pop("versions")
+    assert content == found.content
+    before = found.files[0].stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="is not empty; nothing was overwritten"):
+        analyze_spectrum(SpectrumOptions(runs=["no such folder"], output_dir=str(tmp_path / "a" / "b")))
+    assert found.files[0].stat().st_mtime_ns == before
+
+
+def test_the_start_of_a_checkpoint_and_of_what_is_no_run(relora: Path, tmp_path: Path) -> None:
+    """Checkpoints within a warm start began before it."""
+    assert start_of(relora / "checkpoint-4").source == str(relora / "warm_start")
+    assert start_of(relora / "model").source == str(relora / "warm_start")
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        start_of(tmp_path)
 
 
 def test_a_base_of_ones_own(full: Path, relora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,12 +233,20 @@ def test_another_model_is_no_base(full: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "analyze can measure: spectrum. Got 'nothing'"),
-        (["spectra", "run"], "analyze can measure: spectrum. Got 'spectra'"),
-        (["spectrum"], "needs at least one run's folder"),
-        (["spectrum", "run", "--bse", "x"], "analyze does not know '--bse'"),
-        (["spectrum", "run", "--base"], "--base: expected one argument"),
-        (["spectrum", "run", "--threshold", "low"], "invalid float value: 'low'"),
+        ([], "Got 'nothing'. `fullrank analyze --help` says what each is."),
+        (["spectra", "run"], "Got 'spectra'. Did you mean spectrum?"),
+        (["run", "spectrum"], "analyze can measure: similarity, "),
+        (["spectrum"], "no run was given. Give at least one folder"),
+        (["spectrum", "run", "--bse", "x"], "analyze spectrum does not know --bse. Did you mean base?"),
+        (["spectrum", "run", "--data.name", "x"], "analyze spectrum does not know --data.name."),
+        (["spectrum", "run", "--seed", "1"], "analyze spectrum does not know --seed."),
+        (["spectrum", "run", "--base"], "--base needs a value"),
+        (["spectrum", "run", "-x"], "expected --section.field, got '-x'"),
+        (
+            ["spectrum", "run", "--threshold", "low"],
+            "--threshold 'low' has the wrong type or value. Expected a <class 'float'>",
+        ),
+        (["spectrum", "run", "--bse", "x", "--threshold", "low"], "--threshold 'low' has the wrong type"),
         (["spectrum", "nowhere"], "there is no folder nowhere"),
         (["spectrum", "a=x", "a=y"], "2 runs are called 'a'"),
         (["spectrum", "run", "--output_dir", "/etc/hostname"], "is a file"),
@@ -219,9 +269,33 @@ def test_the_threshold_is_checked(full: Path, tmp_path: Path, capsys: pytest.Cap
     assert "threshold must be a number above 0, got -1.0" in capsys.readouterr().err
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["spectrum", "-h"]):
-        assert main(["analyze", *arguments]) == 0
-        assert "usage: fullrank analyze spectrum RUN" in capsys.readouterr().out
+def test_words_may_stand_between_options() -> None:
+    _, options = read_analysis(["spectrum", "--threshold", "0.5", "a", "--base=b", "x=c", "--target_modules", "q,k"])
+    assert options == SpectrumOptions(runs=["a", "x=c"], threshold=0.5, base="b", target_modules=["q", "k"])
+
+
+def test_help_lists_every_analysis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "usage: fullrank analyze NAME" in said
+    for name, analysis in ANALYSES.items():
+        assert f"  {name} " in said
+        assert analysis.about in said
     assert main(["--help"]) == 0
-    assert "analyze spectrum RUN" in capsys.readouterr().out
+    assert ", ".join(ANALYSES) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["similarity", "limiter", "spectrum", "sparsity"])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_explains_every_option_of_an_analysis(name: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those with a value, and in the usage those without."""
+    assert main(["analyze", name, "run", word]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: fullrank analyze {name} ")
+    analysis = ANALYSES[name]
+    kind, _ = analysis.load()
+    for option in fields(kind):
+        if option.name not in (analysis.words, analysis.overrides):
+            assert f"\n  --{option.name}" in said, option.name
+    assert not re.search(r"--(runs|overrides|\w+\+)\b", said)
+    assert ("--SECTION.FIELD" in said) == (analysis.overrides is not None)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fullrank.analysis.gradient_sparsity import GradientSparsity, Shares
-from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.analysis.figure import COLOURS, GREY, new_figure, plain, save_png
+from fullrank.analysis.sparsity import GradientSparsity, Shares
+from fullrank.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers; every kind of line also has a style of its own.
-WEIGHT, ALL, BY_MATRIX, CLAIM, GAUSSIAN = "#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#555555"
+ALL, CLAIM, _, _, WEIGHT, BY_MATRIX, _ = COLOURS
 
 
 def draw(panels: Mapping[str, GradientSparsity], path: str | Path) -> Path:
@@ -26,28 +26,16 @@ def draw(panels: Mapping[str, GradientSparsity], path: str | Path) -> Path:
         ConfigError: If there is no panel.
         UnsupportedError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from PIL import Image  # matplotlib needs it too
-    except ImportError as error:
-        raise UnsupportedError("drawing needs matplotlib. Install it: pip install 'fullrank[report]'") from error
-    canvas: Any = FigureCanvasAgg(make_figure(panels))  # its methods are without types
-    canvas.draw()
-    # Thin translucent lines have thousands of colours; a palette makes the file a third of the size.
-    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-    image.convert("RGB").quantize(128).save(path, "PNG", optimize=True)
-    return Path(path)
+    return save_png(make_figure(panels), path)
 
 
 def make_figure(panels: Mapping[str, GradientSparsity]) -> Figure:
-    """The figure that :func:`draw` saves, at most two panels in a row."""
-    from matplotlib.figure import Figure
-
+    """The figure that ``draw`` saves, at most two panels in a row."""
     if not panels:
         raise ConfigError("panels must hold at least one measurement, got none.")
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1 + 4.3 * columns, 0.9 + 3.1 * rows), dpi=110, layout="constrained")
+    figure = new_figure(1 + 4.3 * columns, 0.9 + 3.1 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     places = list(grid.flat)
     for axes, (title, measured) in zip(places, panels.items(), strict=False):
@@ -84,7 +72,7 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
         measured.by_matrix.shares, color=BY_MATRIX, linewidth=1.6, linestyle="--", label="all weights, largest of each"
     )
     gaussian = [100 * gaussian_norm_share(density / 100) for density in x]
-    axes.plot(x, gaussian, color=GAUSSIAN, linewidth=1.2, linestyle=":", label="entries of a Gaussian")
+    axes.plot(x, gaussian, color=GREY, linewidth=1.2, linestyle=":", label="entries of a Gaussian")
     axes.axvline(1, color=CLAIM, linewidth=0.9)
     axes.plot([1], [99], "x", color=CLAIM, markersize=9, markeredgewidth=2.4, label="SIFT's paper: 1% hold 99%")
     if 0.01 in measured.densities:
@@ -102,8 +90,7 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
     axes.set(xscale="log", xlim=(x[0], 100), ylim=(0, 103))
     axes.set_title(title, fontsize="medium")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def gaussian_norm_share(density: float) -> float:

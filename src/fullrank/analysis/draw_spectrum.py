@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fullrank.analysis.figure import COLOURS, GREY, STYLES, new_figure, plain, save_png
 from fullrank.analysis.spectrum import Spectrum
-from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow, told apart by colour-blind readers; every line also has a style.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-STYLES = ("-", "--", "-.", (0, (1, 1)))
-THRESHOLD = "#555555"
 DECADES = 6
 """How far below the largest singular value a panel reaches: what is lower is rounding."""
 
@@ -29,19 +26,11 @@ def draw(spectra: Mapping[str, Spectrum], path: str | Path) -> Path:
         ConfigError: If there is none.
         UnsupportedError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise UnsupportedError("drawing needs matplotlib. Install it: pip install 'fullrank[report]'") from error
-    canvas: Any = FigureCanvasAgg(make_figure(spectra))  # its methods are without types
-    canvas.print_png(str(path))
-    return Path(path)
+    return save_png(make_figure(spectra), path)
 
 
 def make_figure(spectra: Mapping[str, Spectrum]) -> Figure:
-    """The figure that :func:`draw` saves, at most four panels in a row."""
-    from matplotlib.figure import Figure
-
+    """The figure that ``draw`` saves, at most four panels in a row."""
     if not spectra:
         raise ConfigError("spectra must hold at least one run, got none.")
     kinds = list(dict.fromkeys(kind for found in spectra.values() for kind in found.types))
@@ -51,7 +40,7 @@ def make_figure(spectra: Mapping[str, Spectrum]) -> Figure:
     longest = max(len("threshold 0.1"), *map(len, spectra))
     ncols = max(int(width / (0.8 + 0.09 * longest)), 1)
     height = 0.8 + 2.5 * rows + 0.22 * -(-(len(spectra) + 1) // ncols)
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = new_figure(width, height)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     places = list(grid.flat)
     largest = max(found.types[kind].largest for found in spectra.values() for kind in found.types)
@@ -87,11 +76,10 @@ def _draw_panel(axes: Any, kind: str, spectra: Mapping[str, Spectrum]) -> None:
             label=label,
         )
     for limit in sorted({found.threshold for found in spectra.values()}):
-        axes.axhline(limit, color=THRESHOLD, linewidth=0.8, linestyle=":", label=f"threshold {limit:g}")
+        axes.axhline(limit, color=GREY, linewidth=0.8, linestyle=":", label=f"threshold {limit:g}")
     axes.set_xlim(0, 100)
     axes.set_title(kind, fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def _legend(panels: list[Any]) -> tuple[list[Any], list[str]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fullrank.analysis.table import text_table
 from fullrank.errors import ConfigError
 from fullrank.weights import Weights, shortest_ends
 
@@ -221,18 +222,15 @@ def table(spectra: Mapping[str, Spectrum]) -> str:
     """The numbers of every type of matrix and run, in lines for a terminal."""
     limits = sorted({found.threshold for found in spectra.values()})
     counted = f"below {', '.join(f'{limit:g}' for limit in limits)}"
-    rows = [("matrix", "run", counted, "of", "effective rank", "numerical rank", "largest")]
+    header = ("matrix", "run", counted, "of", "effective rank", "numerical rank", "largest")
+    rows = []
     for kind in dict.fromkeys(kind for found in spectra.values() for kind in found.types):
         for label, found in spectra.items():
             if measured := found.types.get(kind):
                 ranks = f"{measured.effective_rank:.1f}", f"{measured.numerical_rank:.1f}"
                 count = f"{measured.num_below:,}", f"{measured.num_values:,}"
                 rows.append((kind, label, *count, *ranks, f"{measured.largest:.3g}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in ([*zip(row, widths, strict=True)] for row in rows)
-    )
+    return text_table(header, rows, num_left=2)
 
 
 def _first_match(name: str, patterns: Sequence[str]) -> int:

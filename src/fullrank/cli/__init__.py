@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from fullrank import __version__
 from fullrank.cli.analysis import analyze
+from fullrank.cli.comparing import compare
+from fullrank.cli.reporting import report
 from fullrank.cli.training import finetune, pretrain, recipes
 from fullrank.cli.using import evaluate, export, generate
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
@@ -21,9 +23,11 @@ commands:
   pretrain      train a language model from scratch (or go on with one)
   finetune      train a trained model on instructions, or on a task of GLUE
   evaluate      score a model: perplexity, commonsense tasks, MMLU, HumanEval, GLUE
+  compare       train several methods at a grid of learning rates, and report on them side by side
+  report        compare finished runs: a table, figures, one HTML page
   generate      let a model continue a prompt, or tell its class
   export        write a model, adapter merged, as a plain model folder
-  analyze       measure trained weights: `analyze spectrum RUN ...` says how many directions training changed
+  analyze       measure gradients, training and weights: similarity, limiter, spectrum, sparsity
   recipes       list the packaged recipes; `recipes show NAME` prints one
 
 `fullrank COMMAND --help` explains a command; `fullrank --version` prints the version.
@@ -33,6 +37,8 @@ COMMANDS = {
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
+    "report": report,
     "generate": generate,
     "export": export,
     "analyze": analyze,
@@ -44,10 +50,9 @@ EXTRAS = {
         "train",
     ),
     **dict.fromkeys(("lm_eval", "sklearn", "scipy"), "eval"),
+    **dict.fromkeys(("plotly", "jinja2", "rich"), "report"),
 }
 """Package that may be missing -> the extra that brings it."""
-STATUS = {ConfigError: 2, TrainingError: 3}
-"""Kind of error -> exit status; any other is 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments[0]](arguments[1:])
     except (ConfigError, CheckpointError, TrainingError, UnsupportedError) as error:
         print(f"fullrank: {error}", file=sys.stderr)
-        return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 1)
+        return error.exit_status
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:

@@ -1,103 +1,190 @@
-"""``fullrank analyze``: measurements of trained weights."""
+"""``fullrank analyze``: measurements of gradients, of training and of trained weights."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from fullrank.cli.arguments import read_options
 from fullrank.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fullrank.weights import Weights
+    from fullrank.analysis.output import Findings
+
+Parts = tuple[type[Any], Callable[[Any], "Findings | None"]]
+"""The dataclass of an analysis' options, and the analysis; what it trains may be stopped, then it finds nothing yet."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis, as the command knows it."""
+
+    about: str
+    """What it says, in one line."""
+    usage: str
+    """Printed above its options."""
+    load: Callable[[], Parts]
+    """Imports the dataclass of its options and itself, whose packages take seconds to load."""
+    words: str | None = "runs"
+    """The option that takes what stands without ``--``."""
+    overrides: str | None = None
+    """The option that takes ``--SECTION.FIELD VALUE`` of a run's configuration."""
+
 
 ANALYZE_USAGE = """\
+usage: fullrank analyze NAME [RUN ...] [--OPTION VALUE ...]
+
+Measures something, prints a table and writes NAME.json, NAME.csv, NAME.png and NAME.svg into a new folder.
+
+{analyses}
+
+`fullrank analyze NAME --help` explains one with its options.
+"""
+
+SPECTRUM_USAGE = """\
 usage: fullrank analyze spectrum RUN [RUN ...] [--base FOLDER] [--threshold 0.1] [--target_modules attn,mlp]
                                  [--output_dir DIR]
 
-Prints, for each type of matrix, the singular values of (trained weights - weights that training started from): how many
-are below the threshold, the effective and the numerical rank; writes spectrum.json and spectrum.png.
+How many directions did training change? For each type of matrix the singular values of (trained weights - weights that
+training started from): how many are below the threshold, the effective and the numerical rank.
 
-  RUN               a run's folder, a checkpoint in it, or any model's folder; LABEL=FOLDER names it in the results
-  --base FOLDER     what to subtract from all of them; default: what each run started from, after its warm start if any
-  --threshold S     singular values below S are counted; default: 0.1, as in ReLoRA's paper
-  --target_modules  comma-separated parts of the names of the matrices; default: attn,mlp
-  --output_dir DIR  folder to write; must be new or empty; default: spectrum
+  RUN   a run's folder, a checkpoint in it, or any model's folder; LABEL=FOLDER names it in the results
+"""
+
+SPARSITY_USAGE = """\
+usage: fullrank analyze sparsity RUN [RUN ...] [--OPTION VALUE ...]
+       fullrank analyze sparsity --config RECIPE [--SECTION.FIELD VALUE ...] [--OPTION VALUE ...]
+       fullrank analyze sparsity MODEL [MODEL ...] --config RECIPE [--SECTION.FIELD VALUE ...] [--OPTION VALUE ...]
+
+How few entries hold the norm of the gradient, as SIFT assumes? For each type of weight and over all: the share of the
+L2 norm, of the squares and of the L1 norm in the largest entries.
+
+  RUN                    a run's folder or a checkpoint in it: its weights, on the data of its configuration;
+                         LABEL=FOLDER names it in the results
+  --config RECIPE        a packaged recipe (`fullrank recipes`) or a YAML file: the model as such a run starts, on its
+                         data; with a MODEL, a folder or hub name, that model on these data
+  --SECTION.FIELD VALUE  a setting of such a run (--data.name, --model.name, --seed, ...), or of the RUNs' data
 """
 
 
-def analyze(arguments: list[str]) -> int:
-    """``fullrank analyze spectrum RUN ...``."""
-    flags = analyze_flags(arguments)
-    if flags.help:
-        print(ANALYZE_USAGE)
-        return 0
-    from fullrank.analysis.draw_spectrum import draw
-    from fullrank.analysis.spectrum import spectrum, table
-    from fullrank.train.folders import refuse_unusable
-    from fullrank.train.report import versions, write_whole
-    from fullrank.weights import label_folders, read_weights, run_folder
+SIMILARITY_USAGE = """\
+usage: fullrank analyze similarity --config RECIPE [--SECTION.FIELD VALUE ...] [--full.FIELD VALUE ...]
+                                   [--trace_every 20] [--num_columns 100] [--output_dir DIR]
+       fullrank analyze similarity LOW_RUN FULL_RUN [--output_dir DIR]
 
-    folder = Path(flags.output_dir)
-    refuse_unusable(folder, remedy="Choose another by --output_dir.")
-    folders = label_folders(flags.runs)
-    trained = {label: read_weights(run) for label, run in folders.items()}
-    base = None if flags.base is None else read_weights(flags.base)
-    for run in folders.values() if base is None else ():
-        if run_folder(run) is None:
-            raise ConfigError(f"{run} is not a run's folder, so its start is not known. Name it by --base FOLDER.")
-    found = {
-        label: spectrum(
-            weights,
-            base or start_of(folders[label]),
-            target_modules=[part.strip() for part in flags.target_modules.split(",")],
-            threshold=flags.threshold,
-        )
-        for label, weights in trained.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"runs": {label: measured.to_dict() for label, measured in found.items()}, "versions": versions()}
-    write_whole(folder / "spectrum.json", json.dumps(content, indent=1))
-    print(table(found))
-    print(f"{folder / 'spectrum.json'}, {draw(found, folder / 'spectrum.png')}")
+Are the scaling factors of low-rank training those of full-rank training, as Fira assumes? Trains the recipe's low-rank
+method and full-rank AdamW alike, compares the factors of matrices and of columns by rank correlation, and prints them
+below the published table. Stopped (Ctrl-C) and called again it goes on.
+
+  --config RECIPE        a packaged recipe (`fullrank recipes`) or a YAML file of fira, galore or apollo
+  --SECTION.FIELD VALUE  a setting of both runs (--trainer.max_steps, --seed, ...); of `method`, of the low-rank one
+  LOW_RUN FULL_RUN       instead: folders of two runs that hold a trace.jsonl
+"""
+
+
+LIMITER_USAGE = """\
+usage: fullrank analyze limiter --config RECIPE [--SECTION.FIELD VALUE ...] [--OPTION VALUE ...]
+       fullrank analyze limiter RUN [RUN_WITHOUT] [--OPTION VALUE ...]
+
+What does the norm-growth limiter of Fira do? Trains with it and without it, all else the same: how often and how much
+it acts in each type of matrix, the losses and their spikes. Stopped (Ctrl-C) and called again it goes on.
+
+  --config RECIPE        a packaged recipe (`fullrank recipes`) or a YAML file of fira or apollo
+  --SECTION.FIELD VALUE  a setting of both runs (--trainer.max_steps, --method.limiter_gamma, --seed, ...)
+  RUN RUN_WITHOUT        instead: folders of runs that hold a trace.jsonl; the one without may be left out
+"""
+
+
+def _spectrum() -> Parts:
+    from fullrank.analysis.spectrum_run import SpectrumOptions, analyze_spectrum
+
+    return SpectrumOptions, analyze_spectrum
+
+
+def _sparsity() -> Parts:
+    from fullrank.analysis.sparsity_run import SparsityOptions, analyze_sparsity
+
+    return SparsityOptions, analyze_sparsity
+
+
+def _similarity() -> Parts:
+    from fullrank.analysis.similarity_run import SimilarityOptions, analyze_similarity
+
+    return SimilarityOptions, analyze_similarity
+
+
+def _limiter() -> Parts:
+    from fullrank.analysis.limiter_run import LimiterOptions, analyze_limiter
+
+    return LimiterOptions, analyze_limiter
+
+
+ANALYSES = {
+    "similarity": Analysis(
+        "are low-rank scaling factors those of full-rank training: what Fira assumes",
+        SIMILARITY_USAGE,
+        _similarity,
+        overrides="overrides",
+    ),
+    "limiter": Analysis(
+        "what the norm-growth limiter does, and what happens without it: Fira's loss spikes",
+        LIMITER_USAGE,
+        _limiter,
+        overrides="overrides",
+    ),
+    "spectrum": Analysis(
+        "how many directions did training change: singular values of the update", SPECTRUM_USAGE, _spectrum
+    ),
+    "sparsity": Analysis(
+        "how few entries hold the gradient's norm: what SIFT assumes", SPARSITY_USAGE, _sparsity, overrides="overrides"
+    ),
+}
+"""Name -> analysis, in the order they are listed in."""
+
+
+def analyze(arguments: list[str]) -> int:
+    """``fullrank analyze NAME ...``."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(ANALYZE_USAGE.format(analyses=describe_analyses()))
+        return 0
+    run, options = read_analysis(arguments)
+    if options is None:
+        return 0
+    if (found := run(options)) is None:
+        return 130
+    print(found)
     return 0
 
 
-def start_of(folder: Path) -> Weights:
-    """The weights that the run of this folder started from."""
-    from fullrank.train.start import start_weights
-    from fullrank.weights import CHECKPOINT, from_tensors, read_weights, run_folder
-
-    run = run_folder(folder)
-    assert run is not None  # looked at before
-    found = CHECKPOINT.fullmatch(folder.absolute().name)
-    start = start_weights(run, step=int(found[1]) if found else None)
-    return read_weights(start) if isinstance(start, Path) else from_tensors(start, source=f"the start of {run}")
-
-
-def analyze_flags(arguments: list[str]) -> argparse.Namespace:
-    """What ``fullrank analyze`` is told.
+def read_analysis(arguments: list[str]) -> tuple[Callable[[Any], Findings | None], Any]:
+    """The analysis that a command line names and its options, which are None if help was asked for and printed.
 
     Raises:
-        ConfigError: If something is missing or unknown.
+        ConfigError: If there is no such analysis, or an option of it is unknown or of the wrong type.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--base")
-    parser.add_argument("--threshold", type=float, default=0.1)
-    parser.add_argument("--target_modules", default="attn,mlp")
-    parser.add_argument("--output_dir", default="spectrum")
-    parser.add_argument("--help", "-h", action="store_true")
-    try:
-        flags, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown and not flags.help:
-        raise ConfigError(f"analyze does not know {' '.join(unknown)!r}. `fullrank analyze --help` lists its options.")
-    if rest[:1] != ["spectrum"] and not flags.help:
-        raise ConfigError(f"analyze can measure: spectrum. Got {' '.join(rest[:1]) or 'nothing'!r}.")
-    flags.runs = rest[1:]
-    if not flags.runs and not flags.help:
-        raise ConfigError("analyze spectrum needs at least one run's folder. `fullrank analyze --help` explains it.")
-    return flags
+    from fullrank.train.recipes import nearest
+
+    name = arguments[0] if arguments else "nothing"
+    if name not in ANALYSES:
+        raise ConfigError(
+            f"analyze can measure: {', '.join(ANALYSES)}. Got {name!r}.{nearest(name, ANALYSES)} `fullrank analyze "
+            "--help` says what each is."
+        )
+    chosen = ANALYSES[name]
+    kind, run = chosen.load()
+    options = read_options(
+        kind,
+        arguments[1:],
+        command=f"analyze {name}",
+        usage=chosen.usage,
+        words=chosen.words,
+        overrides=chosen.overrides,
+    )
+    return run, options
+
+
+def describe_analyses() -> str:
+    """A line for each analysis: its name, and what it says."""
+    width = max(map(len, ANALYSES))
+    return "\n".join(f"  {name:<{width}}  {analysis.about}" for name, analysis in ANALYSES.items())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from fullrank.errors import ConfigError
 
 Options = TypeVar("Options")
+SECTIONS = ("model", "data", "method", "trainer")
+"""Of a run's configuration."""
 
 
 def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -45,10 +49,27 @@ def pairs(words: list[str]) -> dict[str, str]:
     return found
 
 
-def read_options(kind: type[Options], arguments: list[str], *, command: str, usage: str) -> Options | None:
+def read_options(
+    kind: type[Options],
+    arguments: list[str],
+    *,
+    command: str,
+    usage: str,
+    words: str | None = None,
+    overrides: str | None = None,
+) -> Options | None:
     """Read ``--field value`` for the fields of a dataclass, which all have defaults.
 
     A list is given with commas, a dictionary as ``--field.key value``, a switch may stand without its value.
+
+    Args:
+        kind: The dataclass.
+        arguments: The command line after the command.
+        command: The command, for messages.
+        usage: Printed above the fields where help is asked for.
+        words: Name of the field, a list, that takes the words which belong to no option; None: there must be none.
+        overrides: Name of the field, a dictionary, that takes ``--section.field value`` of a run's configuration, and
+            its ``--seed``; None: they are unknown.
 
     Returns:
         The options, or None if help was asked for and printed.
@@ -56,26 +77,43 @@ def read_options(kind: type[Options], arguments: list[str], *, command: str, usa
     Raises:
         ConfigError: Lists every unknown field and wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-    from fullrank.train.recipes import nearest
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    apart = {name for name in (words, overrides) if name is not None}
     parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_class_arguments(kind, None)
+    parser.add_class_arguments(kind, None, skip=set(apart))
     if {"-h", "--help"} & set(arguments):
         print(usage)
         text = parser.format_help()
-        print(text[text.index("  --") :])
+        print(re.sub(r", --\w+\+ \S+", "", text[text.index("  --") :]))  # jsonargparse's way to append to lists
         return None
-    known: dict[str, Any] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    given = with_switches(arguments, [name for name, field in known.items() if field.type == "bool"])
+    known: dict[str, Any] = {field.name: field for field in fields(kind) if field.name not in apart}  # type: ignore[arg-type]
+    switches = [name for name, field in known.items() if field.type == "bool"]
+    values: dict[str, Any] = {}
+    if words is not None:
+        values[words], arguments = separate(arguments, switches)
+    given = with_switches(arguments, switches)
+    if overrides is not None:
+        values[overrides] = {key: given.pop(key) for key in list(given) if key not in known and is_of_run(key)}
+    values |= _typed(parser, known, given, command=command, others=SECTIONS if overrides else ())
+    return kind(**values)
+
+
+def _typed(
+    parser: Any, known: dict[str, Any], given: dict[str, str], *, command: str, others: Sequence[str]
+) -> dict[str, Any]:
+    """The values of the fields that are given, by their types."""
+    from jsonargparse import ArgumentError
+
+    from fullrank.train.recipes import nearest
+
     values: dict[str, Any] = {}
     problems = []
     for key, text in given.items():
         name, _, inner = key.partition(".")
         if name not in known or (inner and not known[name].type.startswith("dict")):
-            problems.append(f"{command} does not know --{key}.{nearest(name, known)}")
+            problems.append(f"{command} does not know --{key}.{nearest(name, [*known, *others])}")
         elif inner:
             values.setdefault(name, {})[inner] = text
         else:
@@ -88,7 +126,28 @@ def read_options(kind: type[Options], arguments: list[str], *, command: str, usa
                 problems.append(f"--{name} {text!r} has the wrong type or value. {expected.split('. Got value')[0]}.")
     if problems:
         raise ConfigError("\n".join(problems))
-    return kind(**values)
+    return values
+
+
+def is_of_run(key: str) -> bool:
+    """Whether a key is one that a run is told: ``section.field``, or its seed."""
+    section, _, field = key.partition(".")
+    return bool(section in SECTIONS and field) or key == "seed"
+
+
+def separate(arguments: list[str], switches: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that belong to no option, and the options with their values."""
+    rest, words, options = list(arguments), list[str](), list[str]()
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("-"):
+            words.append(token)
+            continue
+        options.append(token)
+        has_value = token.startswith("--") and "=" not in token and bool(rest) and not rest[0].startswith("--")
+        if has_value and (token[2:] not in switches or rest[0] in ("true", "false")):
+            options.append(rest.pop(0))
+    return words, options
 
 
 def with_switches(arguments: list[str], switches: list[str]) -> dict[str, str]:

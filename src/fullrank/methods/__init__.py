@@ -12,5 +12,6 @@ METHODS: dict[str, Method] = {
     "relora": relora.METHOD,
     "lora": lora.METHOD,
 }
+"""Name -> method."""
 
 __all__ = ["METHODS", "Built", "Method"]

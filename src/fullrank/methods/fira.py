@@ -85,7 +85,7 @@ class _Fira(ProjectedOptimizer):
 class FiraAdamW(_Fira, ProjectedAdamW):
     """AdamW with Fira on the matrices of groups with a ``rank``.
 
-    Example:
+    Examples:
         >>> groups = divide_params(model, target_modules_list=["attn", "mlp"], rank=8)
         >>> optimizer = FiraAdamW(groups, lr=1e-3)
 

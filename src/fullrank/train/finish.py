@@ -44,6 +44,7 @@ def finish(
         "model": config.model.name,
         "task": getattr(config.data, "task", "pretrain"),
         "prompt_template": data.prompt_template,
+        "content_hash": data.content_hash,
         "seed": config.seed,
         "steps": trainer.state.global_step,
         "kept_step": kept,

@@ -80,9 +80,7 @@ def _run(
     """The line itself: the same for every kind of run and every method."""
     if config.command != command:
         raise ConfigError(f"this configuration is of a {config.command} run. Call fullrank.train.run.{config.command}.")
-    if config.model.pretrained and config.model.name not in PAPER_SIZES:
-        config = replace(config, model=replace(config.model, name=model_place(config.model.name)))
-    config = anchored(config)
+    config = placed(config)
     folder = find_folder(config, resume=resume)
     start = find_start(config, folder, resume=resume)
     if resume and (folder / "result.json").is_file():
@@ -125,6 +123,13 @@ def _run(
     return finish(
         config, trainer, data, tokenizer=tokenizer, folder=folder, sizes=sizes, built=built, adapters=adapters
     )
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """The configuration with its model, files and folders named so that they are found from any folder later."""
+    if config.model.pretrained and config.model.name not in PAPER_SIZES:
+        config = replace(config, model=replace(config.model, name=model_place(config.model.name)))
+    return anchored(config)
 
 
 def warn_of_rounding(optimizer: torch.optim.Optimizer, config: RunConfig) -> None:

@@ -132,7 +132,7 @@ def gradient_sparsity(
     """Measure how few entries hold the norm of a model's gradient over these batches.
 
     Args:
-        model: The model, left as it was; see :func:`mean_gradient`.
+        model: The model, left as it was; see ``mean_gradient``.
         batches: What the gradient is the mean of. SIFT chooses by its first batch, as it is in training.
         target_modules: Substrings of parameter names, as for SIFT. ``[""]`` takes every parameter.
         densities: Shares of the entries to keep, each above 0 and at most 1.
@@ -142,7 +142,7 @@ def gradient_sparsity(
         ConfigError: If a pattern has no match, a density is out of bounds, there is no batch or no gradient.
         TrainingError: If a gradient is not finite.
     """
-    _check_densities(densities)  # before the long work
+    check_densities(densities)  # before the long work
     return summarise(mean_gradient(model, batches, target_modules=target_modules, loss=loss), densities=densities)
 
 
@@ -160,14 +160,44 @@ def summarise(gradients: Mapping[str, Tensor], *, densities: Sequence[float] = D
     return GradientSparsity(
         densities=[float(density) for density in densities],
         weights=rows,
-        by_matrix=_combined(rows, len(densities)),
+        by_matrix=combined("each", rows, len(densities)),
         model=_row("all", list(gradients.values()), densities),
     )
 
 
+def combined(name: str, rows: Sequence[Row], num_densities: int) -> Row:
+    """Several weights together, each with its own largest entries: squares and absolute values add up."""
+    peak = max(row.norm for row in rows)  # so that no square underflows
+    if peak == 0.0:
+        return Row(name, sum(row.numel for row in rows), 0.0, 0.0, None)
+    squares, total = [0.0] * num_densities, sum((row.norm / peak) ** 2 for row in rows)
+    absolute, absolute_total = [0.0] * num_densities, sum(row.absolute_sum for row in rows)
+    for row in rows:
+        if row.shares:
+            part = (row.norm / peak) ** 2
+            squares = [s + part * share for s, share in zip(squares, row.shares.squared, strict=True)]
+            absolute = [s + row.absolute_sum * share for s, share in zip(absolute, row.shares.absolute, strict=True)]
+    squared = [s / total for s in squares]
+    shares = Shares([math.sqrt(s) for s in squared], squared, [s / absolute_total for s in absolute])
+    return Row(name, sum(row.numel for row in rows), peak * math.sqrt(total), absolute_total, shares)
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    """Check that densities can be measured.
+
+    Raises:
+        ConfigError: If there is none, or one is out of bounds.
+    """
+    if not densities:
+        raise ConfigError("densities must hold at least one number, got none. [0.001, 0.01, 0.1] are usual.")
+    for density in densities:
+        if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+            raise ConfigError(f"a density must be above 0 and at most 1, got {density!r}. 0.01 is 1%.")
+
+
 def _row(name: str, gradient: Tensor | Sequence[Tensor], densities: Sequence[float]) -> Row:
     """Sort once, then sum from one count to the next, largest entries first, in float64."""
-    _check_densities(densities)
+    check_densities(densities)
     ordered = _magnitudes(gradient).sort(descending=True).values
     numel = ordered.numel()
     peak = float(ordered[0]) if numel else 0.0
@@ -187,33 +217,10 @@ def _row(name: str, gradient: Tensor | Sequence[Tensor], densities: Sequence[flo
     return Row(name, numel, peak * math.sqrt(squares), peak * absolute, shares)
 
 
-def _combined(rows: Sequence[Row], num_densities: int) -> Row:
-    """All weights together, each with its own largest entries: squares and absolute values add up."""
-    peak = max(row.norm for row in rows)  # so that no square underflows
-    squares, total = [0.0] * num_densities, sum((row.norm / peak) ** 2 for row in rows)
-    absolute, absolute_total = [0.0] * num_densities, sum(row.absolute_sum for row in rows)
-    for row in rows:
-        if row.shares:
-            part = (row.norm / peak) ** 2
-            squares = [s + part * share for s, share in zip(squares, row.shares.squared, strict=True)]
-            absolute = [s + row.absolute_sum * share for s, share in zip(absolute, row.shares.absolute, strict=True)]
-    squared = [s / total for s in squares]
-    shares = Shares([math.sqrt(s) for s in squared], squared, [s / absolute_total for s in absolute])
-    return Row("each", sum(row.numel for row in rows), peak * math.sqrt(total), absolute_total, shares)
-
-
 def _magnitudes(gradient: Tensor | Sequence[Tensor]) -> Tensor:
     """Absolute values as one vector."""
     parts = [gradient] if isinstance(gradient, Tensor) else list(gradient)
     return torch.cat([part.detach().reshape(-1).abs() for part in parts]) if parts else torch.empty(0)
-
-
-def _check_densities(densities: Sequence[float]) -> None:
-    if not densities:
-        raise ConfigError("densities must hold at least one number, got none. [0.001, 0.01, 0.1] are usual.")
-    for density in densities:
-        if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-            raise ConfigError(f"a density must be above 0 and at most 1, got {density!r}. 0.01 is 1%.")
 
 
 def _gradients(

@@ -18,9 +18,11 @@ from matplotlib.image import imread
 from torch import Tensor, nn
 
 from fullrank.analysis.draw_sparsity import WEIGHT, draw, gaussian_norm_share, make_figure
-from fullrank.analysis.gradient_sparsity import (
+from fullrank.analysis.sparsity import (
     DENSITIES,
     GradientSparsity,
+    Row,
+    combined,
     gradient_sparsity,
     mean_gradient,
     norm_share,
@@ -224,6 +226,14 @@ def test_a_weight_without_gradient_counts_but_shares_nothing(model: Classifier) 
     grad = mean_gradient(model, BATCHES, target_modules=["mlp_down"])["mlp_down.weight"]
     assert result.model.shares == norm_share([grad, torch.zeros(6, 6)], [0.1])
     assert result.by_matrix.shares == down.shares
+
+
+def test_weights_taken_together(model: Classifier) -> None:
+    """As all of them where the largest entries of each are kept; and where none has a gradient there is none."""
+    result = gradient_sparsity(model, BATCHES, target_modules=["mlp_", "unused"], densities=[0.1, 0.5])
+    assert combined("each", result.weights, 2) == result.by_matrix
+    unused = [row for row in result.weights if "unused" in row.name]
+    assert combined("unused", unused, 2) == Row("unused", 42, 0.0, 0.0, None)
 
 
 def test_result_is_ready_for_json(model: Classifier) -> None:

@@ -1,0 +1,420 @@
+"""The HTML report in a browser: it draws, answers, sorts, follows the theme, fits a phone, and asks for nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fullrank.report.comparison import Comparison, compare_runs
+from fullrank.report.page import page as html
+from tests.report.invented import invented_run, sweep
+
+pytest.importorskip("plotly", reason="the page carries plotly.js, which fullrank[report] brings")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright, which fullrank[dev] brings, is not installed"
+)
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        EXECUTABLE is None, reason=f"no browser on this machine ({', '.join(NAMES)}); none is downloaded"
+    ),
+]
+
+Page = Any
+Open = Callable[..., AbstractContextManager[Page]]
+CHARTS = ("loss-chart", "memory-chart", "rates-chart")
+LONG = "a-variant-with-a-name-that-is-longer-than-any-phone-is-wide-" * 2
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=EXECUTABLE, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def show(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """Opens a comparison from a file; whatever a test does there, nothing may be said, fail or be loaded."""
+    folder = tmp_path_factory.mktemp("pages")
+    files: dict[str, Path] = {}
+
+    @contextmanager
+    def opened(
+        comparison: Comparison,
+        *,
+        width: int = 1280,
+        scheme: str = "light",
+        before: str = "",
+        javascript: bool = True,
+        **options: Any,
+    ) -> Iterator[Page]:
+        text = html(comparison)
+        path = files.setdefault(text, folder / f"report-{len(files)}.html")
+        path.write_text(text, encoding="utf-8")
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=javascript, **options
+        )
+        if before:
+            context.add_init_script(before)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        said: list[str] = []
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        asked: list[str] = []
+        context.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        if javascript:
+            drawn_on(page)
+        yield page
+        context.close()
+        assert not said
+        assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {path.as_uri()}
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    """The sweep, and a label that has no score at all."""
+    return compare_runs([*sweep().runs, invented_run("lost", method="lora", outcome="failed")], title="sweep")
+
+
+@pytest.fixture(scope="module")
+def shared(show: Open, comparison: Comparison) -> Iterator[Page]:
+    """One page for all tests that leave it as it was, or that ``drawn`` can put right."""
+    with show(comparison) as page:
+        yield page
+
+
+@pytest.fixture
+def drawn(shared: Page) -> Page:
+    """The shared page with every switch as it is at first."""
+    shared.evaluate(
+        """() => {
+          document.querySelector("#loss-controls").querySelectorAll("input").forEach((each) => {
+            each.checked = each.defaultChecked;
+          });
+          hidden.clear();
+          drawAll();
+        }"""
+    )
+    shared.mouse.move(0, 0)
+    settled(shared)
+    return shared
+
+
+def drawn_on(page: Page) -> None:
+    """Wait until the page has its charts, or has said that it cannot have them."""
+    page.locator("html[data-charts]").wait_for(state="attached", timeout=30_000)
+
+
+def settled(page: Page) -> None:
+    """Plotly redraws in a later task."""
+    page.wait_for_timeout(150)
+
+
+def lines(page: Page, chart: str) -> int:
+    return int(page.locator(f"#{chart} .scatterlayer .trace").count())
+
+
+def axis_title(page: Page, chart: str, axis: str) -> str:
+    return str(page.locator(f"#{chart} .{axis}title").first.text_content())
+
+
+def ticks(page: Page, chart: str, axis: str = "y") -> list[str]:
+    return list(page.locator(f"#{chart} .{axis}tick text").all_text_contents())
+
+
+def column(page: Page, place: int, table: str = "results-table") -> list[str]:
+    return list(page.locator(f"#{table} tbody tr > :nth-child({place})").all_text_contents())
+
+
+def choose(page: Page, value: str) -> None:
+    page.locator(f"label:has([value={value}])").click()
+    settled(page)
+
+
+def hover(page: Page, element: Any) -> str:
+    """What stands in the box beside the pointer, when it rests on a drawn point."""
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2 - 3, box["y"] + box["height"] / 2)
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
+    found = page.locator(".hoverlayer g.hovertext, .hoverlayer g.legend").first
+    found.wait_for()
+    return str(found.text_content())
+
+
+def test_the_charts_are_drawn(drawn: Page, comparison: Comparison) -> None:
+    assert drawn.evaluate("document.documentElement.dataset.charts") == "drawn"
+    assert lines(drawn, "loss-chart") == 8 * 3, "each seed of each method at its best rate"
+    assert lines(drawn, "memory-chart") == 8
+    assert drawn.locator("#memory-chart .textpoint").all_text_contents().count("fira-svd") == 1
+    assert set(ticks(drawn, "rates-chart", "x")) == {"0.0025", "0.005", "0.01", "0.02"}
+    assert drawn.locator("#keys label").all_text_contents() == list(dict.fromkeys(r.label for r in comparison.runs))
+    assert drawn.locator("#keys svg, #results-table th svg").count() == 2 * 9
+    assert axis_title(drawn, "loss-chart", "y") == "validation loss (nats per token)"
+
+
+def test_each_method_differs_in_more_than_its_colour(drawn: Page) -> None:
+    looks = drawn.evaluate("data.labels.map((label) => looks(label))")
+    assert len({look["colour"] for look in looks}) == 9 - 1, "eight colours, then again"
+    assert len({(look["dash"], look["marker"]) for look in looks}) >= 8
+    assert len({tuple(look.values()) for look in looks}) == 9
+
+
+def test_the_pointer_is_answered(drawn: Page) -> None:
+    point = drawn.locator("#memory-chart .trace", has=drawn.locator("text='sift'")).locator(".point")
+    assert re.fullmatch(r"siftlearning rate 0\.0119\.4 MBperplexity 36\d\.\d\d", hover(drawn, point))
+    point = drawn.locator("#loss-chart .trace").first.locator(".point").last
+    assert re.fullmatch(
+        r"fulllearning rate 0\.01, seed [123]409,600 tokensloss 5\.\d{4} \(perplexity 2\d\d\.\d\d\)",
+        hover(drawn, point),
+    )
+    ended = drawn.locator("#rates-chart .xy2 .point").first
+    assert hover(drawn, ended) == "loralearning rate 0.02diverged"
+
+
+def test_few_lines_are_told_in_one_box(drawn: Page) -> None:
+    shown = ("full", "fira", "sift")
+    for key in drawn.locator("#keys label").all():
+        if key.text_content() not in shown:
+            key.locator("input").uncheck()
+    settled(drawn)
+    text = hover(drawn, drawn.locator("#loss-chart .trace").nth(1).locator(".point").nth(4)).replace("\u00a0", " ")
+    assert all(f"{label}, seed {seed} : " in text for label in shown for seed in (1, 2, 3))
+
+
+def test_no_button_of_plotly_sends_numbers_away(drawn: Page) -> None:
+    titles = drawn.locator(".modebar-btn").evaluate_all("all => all.map((each) => each.dataset.title)")
+    assert titles
+    assert not [title for title in titles if re.search("share|cloud|edit|studio|plotly", title, re.IGNORECASE)]
+
+
+def test_tables_sort_by_click_and_by_keyboard(drawn: Page) -> None:
+    head = drawn.locator("#results-table thead th")
+    score = head.nth(1)
+    score.locator("button").click()
+    values = column(drawn, 2)
+    numbers = [float(value) for value in values[:-1]]
+    assert (numbers, values[-1]) == (sorted(numbers), "–")
+    assert score.get_attribute("aria-sort") == "ascending"
+    score.locator("button").press("Enter")
+    values = column(drawn, 2)
+    assert [float(value) for value in values[:-1]] == sorted(numbers, reverse=True)
+    assert values[-1] == "–", "what is missing is last both ways"
+    assert score.get_attribute("aria-sort") == "descending"
+    head.nth(0).locator("button").press("Space")
+    assert column(drawn, 1) == sorted(column(drawn, 1))
+    assert score.get_attribute("aria-sort") is None
+    memory = next(i for i, text in enumerate(head.all_text_contents()) if text.startswith("Gradients"))
+    head.nth(memory).locator("button").click()
+    found = column(drawn, memory + 1)
+    assert found[:2] == ["0.8", "9.2"], "numbers, not letters: 16.9 is more than 9.2"
+
+
+def test_every_column_of_every_table_sorts(drawn: Page, comparison: Comparison) -> None:
+    drawn.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+    heads = drawn.locator("table.sortable thead th")
+    assert heads.count() == drawn.locator("table.sortable thead th button").count() > 30
+    for place in range(heads.count()):
+        heads.nth(place).locator("button").evaluate("button => button.click()")
+    assert drawn.locator("[aria-sort=ascending]").count() == drawn.locator("table.sortable").count()
+    assert sorted(column(drawn, 1)) == sorted(row.label for row in comparison.rows)
+
+
+def test_the_switches_of_the_curves_switch(drawn: Page, comparison: Comparison) -> None:
+    choose(drawn, "train")
+    assert axis_title(drawn, "loss-chart", "y") == "training loss (nats per token)"
+    choose(drawn, "time")
+    assert axis_title(drawn, "loss-chart", "x") == "training time (s)"
+    before = lines(drawn, "loss-chart")
+    drawn.get_by_label("all learning rates").check()
+    settled(drawn)
+    assert lines(drawn, "loss-chart") == len(comparison.runs) > before
+    drawn.get_by_label("second half").check()
+    settled(drawn)
+    assert min(float(tick) for tick in ticks(drawn, "loss-chart", "x")) >= 50
+    for axis in ("x", "y"):
+        drawn.get_by_label(f"log {axis}").check()
+    settled(drawn)
+    types = drawn.evaluate(
+        "['xaxis', 'yaxis'].map((axis) => document.querySelector('#loss-chart .plot').layout[axis].type)"
+    )
+    assert types == ["log", "log"]
+
+
+def test_the_keyboard_reaches_the_switches_and_is_seen(drawn: Page) -> None:
+    drawn.locator("[name=curve][value=validation]").focus()
+    drawn.keyboard.press("ArrowRight")
+    settled(drawn)
+    assert axis_title(drawn, "loss-chart", "y").startswith("training loss")
+    outline = "element => getComputedStyle(element.nextElementSibling).outlineStyle"
+    assert drawn.locator("[name=curve][value=train]").evaluate(outline) == "solid"
+    drawn.keyboard.press("Tab")
+    drawn.keyboard.press("Tab")
+    assert drawn.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_a_method_is_left_out_of_all_charts(drawn: Page) -> None:
+    drawn.locator("#keys").get_by_label("fira", exact=True).uncheck()
+    settled(drawn)
+    assert lines(drawn, "loss-chart") == 7 * 3
+    assert lines(drawn, "memory-chart") == 7
+    assert "fira" not in drawn.locator("#memory-chart .textpoint").all_text_contents()
+    drawn.locator("#keys").get_by_label("fira", exact=True).check()
+    settled(drawn)
+    assert lines(drawn, "loss-chart") == 8 * 3
+
+
+def colours(page: Page) -> tuple[str, str, str]:
+    """Background of the page, colour of its text, and of a chart's numbers."""
+    settled(page)
+    return (
+        page.evaluate("getComputedStyle(document.body).backgroundColor"),
+        page.evaluate("getComputedStyle(document.body).color"),
+        page.locator("#loss-chart .ytick text").first.evaluate("text => getComputedStyle(text).fill"),
+    )
+
+
+@pytest.fixture(scope="module")
+def dark(show: Open, comparison: Comparison) -> Iterator[Page]:
+    with show(comparison, scheme="dark") as page:
+        yield page
+
+
+def test_charts_follow_the_colours_of_the_page(drawn: Page, dark: Page) -> None:
+    ours, theirs = colours(drawn), colours(dark)
+    assert ours[1] == ours[2]
+    assert theirs[1] == theirs[2]
+    assert not {*ours} & {*theirs}
+    dark.emulate_media(color_scheme="light")
+    assert colours(dark) == ours, "the system changed while the page was open"
+    dark.emulate_media(color_scheme="dark")
+    assert colours(dark) == theirs
+
+
+def test_the_choice_of_colours_is_remembered(show: Open, comparison: Comparison) -> None:
+    with show(comparison) as page:
+        light = colours(page)
+        choose(page, "dark")
+        dark = colours(page)
+        assert dark[0] != light[0]
+        page.reload()
+        drawn_on(page)
+        assert colours(page) == dark
+        assert page.locator("[name=theme][value=dark]").is_checked()
+        choose(page, "auto")
+        assert colours(page) == light
+
+
+def luminance(colour: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_words_stand_out_from_the_paper(drawn: Page, dark: Page) -> None:
+    names = ("ink", "muted", "accent", "good", "bad", "paper", "raised")
+    for page in (drawn, dark):
+        found = {name: luminance(page.evaluate("name => colour(name)", name)) for name in names}
+        for name in names[:5]:
+            for ground in ("paper", "raised"):
+                low, high = sorted((found[name], found[ground]))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+
+
+def test_on_paper_the_drawers_are_open_and_the_charts_are_dark_on_white(drawn: Page, dark: Page) -> None:
+    before = colours(dark)
+    dark.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert colours(dark) == colours(drawn)
+    assert dark.locator("details:not([open])").count() == 0
+    assert dark.locator("#loss-chart .main-svg").first.bounding_box()["width"] <= 700
+    dark.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert colours(dark) == before
+    assert dark.locator("details[open]").count() == 0
+    assert dark.locator("#loss-chart .main-svg").first.bounding_box()["width"] > 1000
+
+
+def test_no_width_makes_the_page_scroll_sideways(show: Open, comparison: Comparison) -> None:
+    runs = [*comparison.runs, invented_run(LONG, method="fira", note="x" * 300)]
+    with show(compare_runs(runs, title=LONG.replace("-", "_")), width=360) as page:
+        page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+        for width in (360, 768, 1280, 360):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.locator("body").evaluate("() => new Promise((done) => setTimeout(done, 400))")  # Plotly takes its time
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+            for name in CHARTS:
+                box = page.locator(f"#{name} svg.main-svg").first.bounding_box()
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= width, name
+        assert page.locator(".scroll:has(#results-table)").evaluate("box => box.scrollWidth > box.clientWidth")
+
+
+def test_a_finger_scrolls_the_page_where_a_chart_is(show: Open) -> None:
+    with show(compare_runs([invented_run("fira")], title="t"), width=360, has_touch=True, is_mobile=True) as page:
+        assert page.evaluate("document.querySelector('#loss-chart .plot').layout.dragmode") is False
+
+
+def test_words_of_users_run_nothing(show: Open) -> None:
+    label = "</script><img src=x onerror=alert(1)><b>%{y}</b>"
+    runs = [invented_run(label, method="fira"), invented_run("full"), invented_run(label, method="fira", lr=0.02)]
+    with show(compare_runs(runs, title=label)) as page:
+        assert page.locator("#memory-chart .textpoint").all_text_contents().count(label) == 1
+        point = page.locator("#memory-chart .trace").first.locator(".point")
+        assert hover(page, point).startswith(label)
+        assert label in page.locator("#keys label").all_text_contents()
+        assert page.locator("img").count() == 0
+
+
+def test_a_browser_that_cannot_unpack_says_so_and_keeps_the_rest(show: Open, comparison: Comparison) -> None:
+    with show(comparison, before="delete window.DecompressionStream") as page:
+        for name in CHARTS:
+            assert "cannot unpack the charts" in page.locator(f"#{name}").text_content()
+        page.locator("#results-table thead button").first.click()
+        assert column(page, 1) == sorted(column(page, 1))
+        choose(page, "dark")
+        assert page.locator("html").get_attribute("data-theme") == "dark"
+        page.locator("#keys").get_by_label("fira", exact=True).uncheck()
+
+
+def test_without_scripts_every_number_is_there(show: Open, comparison: Comparison) -> None:
+    with show(comparison, javascript=False) as page:
+        assert page.locator("#results-table tbody tr").count() == 9
+        assert "need JavaScript" in page.locator("#loss-chart").text_content()
+        assert not page.locator("#theme").is_visible()
+        assert not page.locator("#loss-controls").is_visible()
+
+
+@pytest.mark.parametrize("what", ["failed", "one", "accuracy"])
+def test_any_comparison_is_drawn(show: Open, what: str) -> None:
+    made = {
+        "failed": [invented_run(label, outcome="diverged", note="loss is NaN") for label in ("full", "fira")],
+        "one": [invented_run("fira")],
+        "accuracy": [
+            invented_run(label, task="rte", accuracy=accuracy) for label, accuracy in (("full", 0.8), ("fira", 0.82))
+        ],
+    }
+    with show(compare_runs(made[what], title=what)) as page:
+        assert page.evaluate("document.documentElement.dataset.charts") == "drawn"
+        if what == "failed":
+            assert page.locator("#rates-chart .xy2 .point").count() == 2
+            page.get_by_label("all learning rates").check()
+            settled(page)
+            assert lines(page, "loss-chart") == 2
+        elif what == "accuracy":
+            assert axis_title(page, "memory-chart", "y") == "accuracy (%)"
+            assert hover(page, page.locator("#memory-chart .point").first).endswith("accuracy (%) 82.00")
