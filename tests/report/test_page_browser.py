@@ -185,7 +185,7 @@ def test_the_pointer_is_answered(drawn: Page) -> None:
         hover(drawn, point),
     )
     ended = drawn.locator("#rates-chart .xy2 .point").first
-    assert hover(drawn, ended) == "loralearning rate 0.02diverged"
+    assert hover(drawn, ended) == "galorelearning rate 0.02stopped"
 
 
 def test_few_lines_are_told_in_one_box(drawn: Page) -> None:

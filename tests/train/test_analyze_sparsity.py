@@ -266,6 +266,7 @@ def test_default_targets_of_other_models(tmp_path: Path) -> None:
         (["RUN", "--method.lr", "1"], "--method.lr has no effect on a run that is trained"),
         (["RUN", "--data.nme", "x"], "unknown key data.nme. Did you mean data.name"),
         (["RUN", "--target_modules", "atn"], "'atn' matches no parameter"),
+        (["RUN", "--target_modules", ""], "target modules must name at least one pattern, got none"),
         (["nowhere"], "nowhere is not a run's folder"),
         (["--config", "pretrain/60m-fir"], "Did you mean pretrain/60m-fira"),
         (["--config", "quickstart", "--method.rnk", "3"], "unknown key method.rnk. Did you mean method.rank"),

@@ -76,7 +76,8 @@ def analyze_sparsity(options: SparsityOptions) -> Findings:
     runs: dict[str, dict[str, Any]] = {}
     for label, config, trained in chosen_runs(options):
         subject = make_subject(config, trained=trained, num_batches=options.num_batches, batch_size=options.batch_size)
-        patterns = options.target_modules or default_targets(subject.model)
+        given = options.target_modules
+        patterns = default_targets(subject.model) if given is None else given
         measured[label] = gradient_sparsity(
             subject.model,
             subject.batches,

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fullrank.analysis.figure import require_drawing
 from fullrank.errors import CheckpointError, ConfigError
-from fullrank.train import checkpoint
+from fullrank.train.checkpoint import verify_run
 from fullrank.train.config import RunConfig
 from fullrank.train.folders import refuse_unusable
 from fullrank.train.report import num_processes
@@ -43,7 +41,7 @@ def traced_run(config: RunConfig, trace: ScalingTrace) -> Trace | None:
     folder = Path(str(config.output_dir))
     begun = (folder / "config.yaml").is_file()
     if begun:
-        refuse_other_run(folder, config)
+        verify_run(folder, placed(config))
     if not (folder / "result.json").is_file():
         make = pretrain if config.command == "pretrain" else finetune
         if make(config, resume=begun, callbacks=[trace]) is None:
@@ -62,20 +60,6 @@ def traced_run(config: RunConfig, trace: ScalingTrace) -> Trace | None:
             "without the trace. Remove the folder, and let the analysis train it."
         )
     return found
-
-
-def refuse_other_run(folder: Path, config: RunConfig) -> None:
-    """Check that the run in a folder is of this configuration.
-
-    Raises:
-        CheckpointError: If it is not; the message names every difference.
-    """
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if differences := checkpoint.config_differences(saved, placed(config)):
-        raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(differences)}. Give the options it was begun with, or choose "
-            "another --output_dir."
-        )
 
 
 def check_folder(folder: str | Path, *, holds: Sequence[str]) -> None:

@@ -131,7 +131,7 @@ def print_help(config: RunConfig) -> None:
     text = parser.format_help()
     # jsonargparse also lists a file for each section and a way to append to lists, which a run does not take.
     text = re.sub(r"\n  --(model|data|method) CONFIG .*", "", text[text.index(FIRST_SECTION[config.command]) :])
-    text = re.sub(r", --[\w.]+\+ \w+", "", text)
+    text = re.sub(r", --[\w.]+\+ \S+", "", text)
     usage = PRETRAIN_USAGE if config.command == "pretrain" else FINETUNE_USAGE
     print(usage.format(methods=", ".join(METHODS), method=config.method_name, task=task))
     print(text)

@@ -13,12 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fullrank.compare.search import Ended, ScoredSteps
 from fullrank.compare.variants import Spec, to_yaml
 from fullrank.errors import CheckpointError, ConfigError, TrainingError
-from fullrank.train.checkpoint import config_differences
 from fullrank.train.config import RunConfig
 from fullrank.train.report import read_metrics, write_whole
 
@@ -187,23 +184,3 @@ def read_ended(folder: Path) -> Ended | None:
 def scored_steps(folder: Path) -> ScoredSteps:
     """Validation loss by step of the run in a folder."""
     return {row["step"]: row["eval_loss"] for row in read_metrics(folder) if "eval_loss" in row}
-
-
-def refuse_other_run(folder: Path, config: RunConfig) -> None:
-    """Check that what is in a folder is this run.
-
-    Raises:
-        CheckpointError: If it is a run with other settings; names them.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return
-    try:
-        differences = config_differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}). Remove {folder} to run it again.") from None
-    if differences:
-        raise CheckpointError(
-            f"{folder} holds a run with other settings: {'; '.join(differences)}. Compare into another --output_dir, "
-            "or give the settings that it has."
-        )

@@ -14,10 +14,11 @@ from types import FrameType
 import torch
 
 from fullrank.compare.config import CompareConfig
-from fullrank.compare.job import Job, read_ended, refuse_other_run, scored_steps
+from fullrank.compare.job import Job, read_ended, scored_steps
 from fullrank.compare.progress import Progress
 from fullrank.compare.search import Ended, is_hopeless, wanted
 from fullrank.compare.variants import Spec, Variant, run_config
+from fullrank.train.checkpoint import verify_run
 from fullrank.train.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Sweep:
     def _find(self, spec: Spec) -> Ended | None:
         """How a run of an earlier call ended, if it did and is the same run."""
         folder = self.folder / "runs" / spec.name
-        refuse_other_run(folder, self.run_config(spec))
+        verify_run(folder, self.run_config(spec))
         return read_ended(folder)
 
     def _start(self, spec: Spec, slot: int) -> Job:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -148,6 +149,22 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     for key in sorted({*saved["trainer"], *now["trainer"]} - FREE):
         differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
     return differences
+
+
+def verify_run(folder: Path, config: RunConfig) -> None:
+    """Check that what is in a folder, if anything, is this run.
+
+    Raises:
+        CheckpointError: If it is a run under other settings, which the message names, or cannot be read.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        differences = config_differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}). Remove {folder} and start the run again.") from None
+    refuse(folder, differences)
 
 
 def verify_content(checkpoint: Path, content_hash: str) -> None:

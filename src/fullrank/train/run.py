@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from fullrank import memory
@@ -237,8 +236,6 @@ def find_start(config: RunConfig, folder: Path, *, resume: bool) -> Path | None:
         checkpoint.verify(start, config)
         logger.info("resuming from %s", start)
     elif resume and not (folder / "result.json").is_file():
-        if (folder / "config.yaml").is_file():
-            saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            checkpoint.refuse(folder, checkpoint.config_differences(saved, config))
+        checkpoint.verify_run(folder, config)
         logger.warning("%s holds no checkpoint written to its end: it starts again at step 0", folder)
     return start
