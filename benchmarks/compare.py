@@ -22,8 +22,10 @@ from fullrank.report.table import terminal
 from fullrank.report.write import write_report
 
 METHODS = ["full", "fira", "galore", "apollo", "relora", "lora", "sift"]
-SIFT_DENSITY = 0.2
-"""Of the entries: three numbers and a place for each are about what rank = width / 4 keeps in moments and basis."""
+SIFT_DENSITY = 3 / 16
+"""Of the entries: three numbers and a place for each are what rank = width / 4 keeps in moments and basis (float32)."""
+SIFT_DENSE = ["embed_tokens", "norm", "lm_head"]
+"""What trains densely beside them, as under the projected methods."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def settings(size: Size, args: argparse.Namespace) -> dict[str, Any]:
         "relora.warm_start_steps": size.cycle,
         "relora.warm_start_lr": 1e-3,
         "sift.density": SIFT_DENSITY,
+        "sift.exception": SIFT_DENSE,
+        "sift.keep_base": False,
         "sift.reselect_every": size.cycle,
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def test_known_numbers(on: Path, off: Path) -> None:
     assert everything["mean_factor"] == pytest.approx((1 + 0.5 + 0.202 + 3 + 2) / 8)
     assert everything["smallest_factor"] == 0.202
     assert everything["growth"] == pytest.approx(5.0)
-    assert found.on.total_norms(limited=False) == pytest.approx([math.sqrt(21), math.sqrt(2.02**2 + 20), 5.4317124])
+    assert found.on.total_norms(limited=False) == pytest.approx([math.sqrt(21), math.sqrt(2.02**2 + 20), math.sqrt(5.05**2 + 4)])
     assert found.on.total_norms(limited=True)[1] == pytest.approx(math.sqrt(1.01**2 + 20))
 
 
@@ -220,15 +219,13 @@ def test_finished_runs_are_not_made_again(done: Path, base: Path, analyze: Analy
     assert list(json.loads((base / "one" / "limiter.json").read_text())["runs"]) == ["with limiter"]
 
 
-def test_a_run_that_diverges_counts_as_far_as_it_came(base: Path, done: Path, analyze: Analyze) -> None:
-    """The run with the limiter is done; the other one's weights overflow."""
+def test_a_run_that_diverges_counts_as_far_as_it_came(base: Path, analyze: Analyze) -> None:
     folder = base / "diverged"
     assert analyze("diverged", "--method.lr", "1e30", "--trainer.warmup_steps", "3") == 0
     content = json.loads((folder / "limiter.json").read_text())
     for run in content["runs"].values():
         assert run["last_step"] < 12
         assert run["perplexity"] is None
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(

@@ -307,3 +307,13 @@ def test_best_runs_of_a_label(runs: Runs) -> None:
     comparison = runs.compare()
     assert [(run.seed, run.lr) for run in comparison.best_runs("fira")] == [(1, 0.01), (2, 0.01)]
     assert comparison.best_runs("lora") == []
+
+
+def test_another_text_under_the_same_name_is_told(runs: Runs) -> None:
+    runs.add("full", 0.1, 20.0, result={"content_hash": "a" * 64})
+    runs.add("fira", 0.1, 10.0, result={"content_hash": "b" * 64})
+    runs.add("galore", 0.1, 15.0)  # of an older version, which kept no hash
+    (note,) = [note for note in runs.compare().notes if "tokenizer" in note]
+    assert "aaaaaaaaaaaa (full)" in note
+    assert "bbbbbbbbbbbb (fira)" in note
+    assert "galore" not in note

@@ -40,6 +40,7 @@ def find_notes(rows: Sequence[Row], runs: Sequence[Run], *, baseline: Row) -> li
     return [
         *_unequal_tokens(rows, finished),
         *_unequal_settings(finished),
+        *_unequal_data(finished),
         *_unequal_methods(rows, finished),
         *_unequal_results(finished, "hardware", ("device", "threads", "processes")),
         *_unequal_results(finished, "versions", ()),
@@ -73,6 +74,12 @@ def _settings(run: Run) -> dict[str, Any]:
     return {
         key: value for key, value in _flat(outside) if not (key.startswith("trainer.") and key.split(".")[1] in ignored)
     }
+
+
+def _unequal_data(finished: Sequence[Run]) -> list[str]:
+    """Whether runs with the same settings read another text, or cut it by another tokenizer; unknown of older runs."""
+    known = [(run, str(found)[:12]) for run in finished if (found := (run.result or {}).get("content_hash"))]
+    return _difference("the hash of their text and tokenizer", [run for run, _ in known], [found for _, found in known])
 
 
 def _unequal_methods(rows: Sequence[Row], finished: Sequence[Run]) -> list[str]:

@@ -1,6 +1,4 @@
 // The charts. Plotly lies in the page, packed; it is unpacked here, so that nothing is loaded from anywhere.
-"use strict";
-
 const data = JSON.parse(byId("data").textContent);
 /* Okabe and Ito's colours; the baseline has that of the text. Dash and marker differ as well, for any eye and for paper. */
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8f98"];
@@ -8,17 +6,24 @@ const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const MARKERS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star", "hexagram"];
 const ENDS = { stopped: "cross-thin-open", diverged: "x-thin-open", failed: "x-thin-open" };
 const CHARTS = ["loss-chart", "memory-chart", "rates-chart"];
+const NARROW_PX = 560;
+const PAPER_PX = 660;
+const MOST_AT_ONCE = 10; // lines in one box when the pointer rests
+const MOST_LETTERS = 24; // of a name beside a point
 /* Plotly takes markers of several sizes for bubbles, and would outline them and let them shine through. */
 const FILLED = { opacity: 1, line: { width: 0 } };
-const NARROW_PX = 560;
-const MOST_AT_ONCE = 10; // lines in one box when the pointer rests
-const PAPER_PX = 660;
+const NOTHING = {
+  xaxis: { visible: false }, yaxis: { visible: false },
+  annotations: [{ text: "Nothing to draw: no run that is shown got this far.", showarrow: false, xref: "paper", yref: "paper" }],
+};
 
 const hidden = new Set();
 let onPaper = false;
 
 /* Text from a user, where Plotly would read tags. */
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+const short = (text) => (text.length > MOST_LETTERS ? `${text.slice(0, MOST_LETTERS - 1)}…` : text);
 
 /* A colour of the style sheet as it is now: the probe resolves light-dark(). */
 function colour(name) {
@@ -38,11 +43,10 @@ function looks(label) {
   return {
     colour: COLOURS[place % COLOURS.length],
     dash: DASHES[(place + 1 + round) % DASHES.length],
-    marker: MARKERS[(place + 1 + round) % MARKERS.length],
+    marker: MARKERS[(place + 1 + 3 * round) % MARKERS.length],
   };
 }
 
-const shown = () => data.labels.filter((label) => !hidden.has(label));
 const fixed = (value, digits) => value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const score = (value) => `${data.metric} ${fixed(value, value < 1000 ? data.digits : 0)}`;
 const chosen = (name) => byId("loss-controls").querySelector(`[name=${name}]:checked`)?.value ?? false;
@@ -81,6 +85,7 @@ function layoutFor(id, own) {
 
 function show(id, traces, layout) {
   const chart = byId(id);
+  if (!traces.length) Object.assign(layout, NOTHING);
   const narrow = chart.clientWidth < NARROW_PX;
   const config = {
     displaylogo: false, responsive: true, displayModeBar: narrow ? false : "hover",
@@ -151,13 +156,13 @@ function zoomLate(traces, xaxis, yaxis) {
 function drawMemory() {
   const rows = data.rows.filter((row) => !hidden.has(row.label) && row.score !== null && row.memory !== null);
   const [unit, size] = unitOf(Math.max(1, ...rows.map((row) => row.memory)), BYTES);
-  const places = spread(rows.map((row) => [row.memory / size, row.score]), rows.map((row) => row.label.length));
+  const places = spread(rows.map((row) => [row.memory / size, row.score]), rows.map((row) => short(row.label).length));
   const traces = rows.map((row, place) => {
     const { colour: fill, marker } = looks(row.label);
     return {
-      x: [row.memory / size], y: [row.score], mode: "markers+text", text: [plain(row.label)], textposition: places[place],
+      x: [row.memory / size], y: [row.score], mode: "markers+text", text: [plain(short(row.label))], textposition: places[place],
       cliponaxis: false, marker: { color: fill, symbol: marker, size: 12 }, name: plain(row.label),
-      hovertemplate: `<b>%{text}</b><br>%{customdata}<extra></extra>`,
+      hovertemplate: "<b>%{fullData.name}</b><br>%{customdata}<extra></extra>",
       customdata: [[`learning rate ${row.lr}`, `${fixed(row.memory / size, 1)} ${unit}`, score(row.score)].join("<br>")],
     };
   });
@@ -204,13 +209,14 @@ function spread(points, lengths) {
 function drawRates() {
   const rows = data.rows.filter((row) => !hidden.has(row.label));
   const without = rows.filter((row) => row.grid.some(([, value]) => typeof value === "string"));
-  const strip = Math.min(0.4, without.length * 0.055);
+  const scored = rows.some((row) => row.grid.some(([, value]) => typeof value === "number"));
+  const strip = scored ? Math.min(0.4, without.length * 0.055) : 1;
   const traces = rows.flatMap((row) => rateTraces(row, without.indexOf(row)));
   const rates = [...new Set(rows.flatMap((row) => row.grid.map(([rate]) => rate)))].sort((a, b) => a - b);
   const range = roomy(rates.map(Math.log10), 0.05).range;
   show("rates-chart", traces, {
     xaxis: { title: { text: "learning rate" }, type: "log", tickvals: rates, ticktext: rates.map(String), range, anchor: "y" },
-    yaxis: { title: { text: data.metric }, domain: [0, 1 - strip - (strip && 0.04)] },
+    yaxis: scored ? { title: { text: data.metric }, domain: [0, 1 - strip - (strip && 0.04)] } : { visible: false },
     yaxis2: { domain: [1 - strip, 1], range: [-0.5, Math.max(without.length, 1) - 0.5], visible: false, fixedrange: true },
   });
 }
@@ -299,18 +305,28 @@ function say(words) {
   for (const id of CHARTS) byId(id).replaceChildren(Object.assign(document.createElement("p"), { textContent: words }));
 }
 
+function prepareControls() {
+  const controls = byId("loss-controls");
+  for (const kind of ["validation", "train"]) {
+    controls.querySelector(`[value=${kind}]`).disabled = !data.runs.some((run) => run[kind].loss.length);
+  }
+  controls.querySelector("[name=curve]:not(:disabled)")?.click();
+  controls.querySelector("[name=all]").checked = !data.runs.some((run) => run.best); // else there is no curve to see
+  controls.addEventListener("change", () => window.Plotly && drawLoss());
+}
+
+function giveUp(why) {
+  say(`${why} Every number is in the tables.`);
+  root.dataset.charts = "unavailable";
+}
+
 async function start() {
   drawKeys();
   listenToTheme(() => drawAll());
   listenToPrinting(drawAll);
-  byId("loss-controls").addEventListener("change", drawCharts);
-  for (const kind of ["validation", "train"]) {
-    byId("loss-controls").querySelector(`[value=${kind}]`).disabled = !data.runs.some((run) => run[kind].loss.length);
-  }
-  byId("loss-controls").querySelector("[name=curve]:not(:disabled)")?.click();
+  prepareControls();
   if (typeof DecompressionStream === "undefined") {
-    say("This browser cannot unpack the charts (it has no DecompressionStream); every number is in the tables.");
-    root.dataset.charts = "unavailable";
+    giveUp("This browser cannot unpack the charts: it has no DecompressionStream.");
     return;
   }
   say("Drawing …");
@@ -320,4 +336,4 @@ async function start() {
   root.dataset.charts = "drawn";
 }
 
-start();
+start().catch((error) => giveUp(`The charts could not be drawn (${error.message}).`));
