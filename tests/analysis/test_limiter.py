@@ -67,7 +67,9 @@ def test_known_numbers(on: Path, off: Path) -> None:
     assert everything["mean_factor"] == pytest.approx((1 + 0.5 + 0.202 + 3 + 2) / 8)
     assert everything["smallest_factor"] == 0.202
     assert everything["growth"] == pytest.approx(5.0)
-    assert found.on.total_norms(limited=False) == pytest.approx([math.sqrt(21), math.sqrt(2.02**2 + 20), math.sqrt(5.05**2 + 4)])
+    assert found.on.total_norms(limited=False) == pytest.approx(
+        [math.sqrt(21), math.sqrt(2.02**2 + 20), math.sqrt(5.05**2 + 4)]
+    )
     assert found.on.total_norms(limited=True)[1] == pytest.approx(math.sqrt(1.01**2 + 20))
 
 
@@ -219,6 +221,7 @@ def test_finished_runs_are_not_made_again(done: Path, base: Path, analyze: Analy
     assert list(json.loads((base / "one" / "limiter.json").read_text())["runs"]) == ["with limiter"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_counts_as_far_as_it_came(base: Path, analyze: Analyze) -> None:
     folder = base / "diverged"
     assert analyze("diverged", "--method.lr", "1e30", "--trainer.warmup_steps", "3") == 0

@@ -32,6 +32,7 @@ pytestmark = [
 Page = Any
 Open = Callable[..., AbstractContextManager[Page]]
 CHARTS = ("loss-chart", "memory-chart", "rates-chart")
+NO_UNPACKING = "delete window.DecompressionStream"
 LONG = "a-variant-with-a-name-that-is-longer-than-any-phone-is-wide-" * 2
 
 
@@ -307,18 +308,27 @@ def test_charts_follow_the_colours_of_the_page(drawn: Page, dark: Page) -> None:
     assert colours(dark) == theirs
 
 
+def test_the_choice_of_colours_goes_before_the_systems(drawn: Page, dark: Page) -> None:
+    light = colours(drawn)
+    choose(drawn, "dark")
+    assert colours(drawn) == colours(dark)
+    choose(drawn, "auto")
+    assert colours(drawn) == light
+
+
 def test_the_choice_of_colours_is_remembered(show: Open, comparison: Comparison) -> None:
-    with show(comparison) as page:
-        light = colours(page)
+    with show(comparison, before=NO_UNPACKING) as page:
+        paper = "getComputedStyle(document.body).backgroundColor"
+        light = page.evaluate(paper)
         choose(page, "dark")
-        dark = colours(page)
-        assert dark[0] != light[0]
+        dark = page.evaluate(paper)
+        assert dark != light
         page.reload()
         drawn_on(page)
-        assert colours(page) == dark
+        assert page.evaluate(paper) == dark
         assert page.locator("[name=theme][value=dark]").is_checked()
         choose(page, "auto")
-        assert colours(page) == light
+        assert page.evaluate(paper) == light
 
 
 def luminance(colour: str) -> float:
@@ -364,8 +374,9 @@ def test_no_width_makes_the_page_scroll_sideways(show: Open, comparison: Compari
         assert page.locator(".scroll:has(#results-table)").evaluate("box => box.scrollWidth > box.clientWidth")
 
 
-def test_a_finger_scrolls_the_page_where_a_chart_is(show: Open) -> None:
+def test_one_run_on_a_phone_is_drawn_and_a_finger_scrolls_past_it(show: Open) -> None:
     with show(compare_runs([invented_run("fira")], title="t"), width=360, has_touch=True, is_mobile=True) as page:
+        assert [lines(page, chart) for chart in CHARTS] == [1, 1, 1]
         assert page.evaluate("document.querySelector('#loss-chart .plot').layout.dragmode") is False
 
 
@@ -381,7 +392,7 @@ def test_words_of_users_run_nothing(show: Open) -> None:
 
 
 def test_a_browser_that_cannot_unpack_says_so_and_keeps_the_rest(show: Open, comparison: Comparison) -> None:
-    with show(comparison, before="delete window.DecompressionStream") as page:
+    with show(comparison, before=NO_UNPACKING) as page:
         for name in CHARTS:
             assert "cannot unpack the charts" in page.locator(f"#{name}").text_content()
         page.locator("#results-table thead button").first.click()
@@ -399,11 +410,10 @@ def test_without_scripts_every_number_is_there(show: Open, comparison: Compariso
         assert not page.locator("#loss-controls").is_visible()
 
 
-@pytest.mark.parametrize("what", ["failed", "one", "accuracy"])
-def test_any_comparison_is_drawn(show: Open, what: str) -> None:
+@pytest.mark.parametrize("what", ["failed", "accuracy"])
+def test_comparisons_of_another_kind_are_drawn(show: Open, what: str) -> None:
     made = {
         "failed": [invented_run(label, outcome="diverged", note="loss is NaN") for label in ("full", "fira")],
-        "one": [invented_run("fira")],
         "accuracy": [
             invented_run(label, task="rte", accuracy=accuracy) for label, accuracy in (("full", 0.8), ("fira", 0.82))
         ],
