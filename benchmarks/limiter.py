@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 from pathlib import Path
 
 from compare import SIZES
+from keep import keep
 
 from fullrank.analysis.limiter_run import LimiterOptions, analyze_limiter
 
@@ -49,9 +49,7 @@ def main() -> None:
         findings = analyze_limiter(options)
         if findings is None:
             return
-        (args.output / name).mkdir(parents=True, exist_ok=True)
-        for path in findings.files:
-            shutil.copy(path, args.output / name)
+        keep(findings.files, args.output / name, places=(args.work, args.data, args.validation))
         print(findings.table)
 
 

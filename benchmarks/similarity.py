@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 from pathlib import Path
 
 from compare import SIZES
+from keep import keep
 
 from fullrank.analysis.similarity import Similarity, similarity, table
 from fullrank.analysis.similarity_run import SimilarityOptions, analyze_similarity
@@ -60,9 +60,7 @@ def main() -> None:
         findings = analyze_similarity(options(size, args))
         if findings is None:
             return
-        (args.output / size).mkdir(parents=True, exist_ok=True)
-        for path in findings.files:
-            shutil.copy(path, args.output / size)
+        keep(findings.files, args.output / size, places=(args.work, args.data, args.validation))
         found[size.upper()] = similarity(args.work / size / "fira", args.work / size / "full")
     print(table(found))
 
