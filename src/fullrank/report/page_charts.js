@@ -167,7 +167,7 @@ function drawMemory() {
     };
   });
   const yaxis = { title: { text: data.metric }, ...roomy(rows.map((row) => row.score)) };
-  const xaxis = { title: { text: `weights + gradients + optimizer state (${unit})` }, ...roomy(rows.map((row) => row.memory / size)) };
+  const xaxis = { title: { text: `model memory (${unit})` }, ...roomy(rows.map((row) => row.memory / size)) };
   show("memory-chart", traces, { xaxis, yaxis });
 }
 
