@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,34 @@ import pytest
 
 from fullrank.report.comparison import Comparison, compare_runs
 from fullrank.report.page import page as html
+from tests.report.browsing import (
+    CHARTS,
+    EXECUTABLE,
+    NAMES,
+    Open,
+    Page,
+    axis_title,
+    choose,
+    colours,
+    column,
+    contrast,
+    drawn_on,
+    hover,
+    lines,
+    opened_page,
+    settled,
+    ticks,
+)
 from tests.report.invented import invented_run, sweep
 
 pytest.importorskip("plotly", reason="the page carries plotly.js, which fullrank[report] brings")
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright, which fullrank[dev] brings, is not installed"
-)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (fullrank[dev])")
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        EXECUTABLE is None, reason=f"no browser on this machine ({', '.join(NAMES)}); none is downloaded"
-    ),
+    pytest.mark.skipif(EXECUTABLE is None, reason=f"this machine has none of {', '.join(NAMES)}"),
 ]
 
-Page = Any
-Open = Callable[..., AbstractContextManager[Page]]
-CHARTS = ("loss-chart", "memory-chart", "rates-chart")
 NO_UNPACKING = "delete window.DecompressionStream"
 LONG = "a-variant-with-a-name-that-is-longer-than-any-phone-is-wide-" * 2
 
@@ -50,39 +58,11 @@ def show(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Open:
     folder = tmp_path_factory.mktemp("pages")
     files: dict[str, Path] = {}
 
-    @contextmanager
-    def opened(
-        comparison: Comparison,
-        *,
-        width: int = 1280,
-        scheme: str = "light",
-        before: str = "",
-        javascript: bool = True,
-        **options: Any,
-    ) -> Iterator[Page]:
+    def opened(comparison: Comparison, **options: Any) -> AbstractContextManager[Page]:
         text = html(comparison)
         path = files.setdefault(text, folder / f"report-{len(files)}.html")
         path.write_text(text, encoding="utf-8")
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=javascript, **options
-        )
-        if before:
-            context.add_init_script(before)
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-        said: list[str] = []
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}") or dialog.dismiss())
-        asked: list[str] = []
-        context.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
-        if javascript:
-            drawn_on(page)
-        yield page
-        context.close()
-        assert not said
-        assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {path.as_uri()}
+        return opened_page(browser, path, **options)
 
     return opened
 
@@ -115,48 +95,6 @@ def drawn(shared: Page) -> Page:
     shared.mouse.move(0, 0)
     settled(shared)
     return shared
-
-
-def drawn_on(page: Page) -> None:
-    """Wait until the page has its charts, or has said that it cannot have them."""
-    page.locator("html[data-charts]").wait_for(state="attached", timeout=30_000)
-
-
-def settled(page: Page) -> None:
-    """Plotly redraws in a later task."""
-    page.wait_for_timeout(150)
-
-
-def lines(page: Page, chart: str) -> int:
-    return int(page.locator(f"#{chart} .scatterlayer .trace").count())
-
-
-def axis_title(page: Page, chart: str, axis: str) -> str:
-    return str(page.locator(f"#{chart} .{axis}title").first.text_content())
-
-
-def ticks(page: Page, chart: str, axis: str = "y") -> list[str]:
-    return list(page.locator(f"#{chart} .{axis}tick text").all_text_contents())
-
-
-def column(page: Page, place: int, table: str = "results-table") -> list[str]:
-    return list(page.locator(f"#{table} tbody tr > :nth-child({place})").all_text_contents())
-
-
-def choose(page: Page, value: str) -> None:
-    page.locator(f"label:has([value={value}])").click()
-    settled(page)
-
-
-def hover(page: Page, element: Any) -> str:
-    """What stands in the box beside the pointer, when it rests on a drawn point."""
-    element.scroll_into_view_if_needed()
-    box = element.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2 - 3, box["y"] + box["height"] / 2)
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
-    found = page.locator(".hoverlayer g.hovertext, .hoverlayer g.legend").first
-    found.wait_for()
-    return str(found.text_content())
 
 
 def test_the_charts_are_drawn(drawn: Page, comparison: Comparison) -> None:
@@ -281,16 +219,6 @@ def test_a_method_is_left_out_of_all_charts(drawn: Page) -> None:
     assert lines(drawn, "loss-chart") == 8 * 3
 
 
-def colours(page: Page) -> tuple[str, str, str]:
-    """Background of the page, colour of its text, and of a chart's numbers."""
-    settled(page)
-    return (
-        page.evaluate("getComputedStyle(document.body).backgroundColor"),
-        page.evaluate("getComputedStyle(document.body).color"),
-        page.locator("#loss-chart .ytick text").first.evaluate("text => getComputedStyle(text).fill"),
-    )
-
-
 @pytest.fixture(scope="module")
 def dark(show: Open, comparison: Comparison) -> Iterator[Page]:
     with show(comparison, scheme="dark") as page:
@@ -331,20 +259,13 @@ def test_the_choice_of_colours_is_remembered(show: Open, comparison: Comparison)
         assert page.evaluate(paper) == light
 
 
-def luminance(colour: str) -> float:
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_words_stand_out_from_the_paper(drawn: Page, dark: Page) -> None:
     names = ("ink", "muted", "accent", "good", "bad", "paper", "raised")
     for page in (drawn, dark):
-        found = {name: luminance(page.evaluate("name => colour(name)", name)) for name in names}
+        found = {name: page.evaluate("name => colour(name)", name) for name in names}
         for name in names[:5]:
             for ground in ("paper", "raised"):
-                low, high = sorted((found[name], found[ground]))
-                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+                assert contrast(found[name], found[ground]) >= 4.5, (name, ground)
 
 
 def test_on_paper_the_drawers_are_open_and_the_charts_are_dark_on_white(drawn: Page, dark: Page) -> None:

@@ -23,7 +23,7 @@ from fullrank.train.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.5
 """How often the runs are looked at (seconds)."""
 
 
