@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 
-from fullrank.compare.search import Ended, best_rate, grid, is_hopeless, wanted
+from fullrank.compare.search import Ended, best_of, grid, is_hopeless, wanted
 from fullrank.compare.variants import Spec, Variant
+from fullrank.report.comparison import compare_runs
+from fullrank.report.runs import Run, finite
 from fullrank.train.resolve import resolve
+from tests.report.invented import invented_run
 
 CONFIG = resolve("quickstart")
 smaller = partial(wanted, greater_is_better=False)
@@ -78,8 +84,30 @@ def test_grid_is_extended_so_often_and_no_more() -> None:
 
 def test_best_rate_needs_a_score() -> None:
     specs = [Spec("full", 1.0, 7), Spec("full", 2.0, 7)]
-    assert best_rate(specs, {}, greater_is_better=False) is None
-    assert best_rate(specs, {specs[1]: finished(3.0)}, greater_is_better=False) == 2.0
+    assert best_of(specs, {}, greater_is_better=False) is None
+    assert best_of(specs, {specs[1]: finished(3.0)}, greater_is_better=False) == 2.0
+
+
+def many(number: int) -> list[Run]:
+    return [invented_run("full", lr=1.0 + place) for place in range(number)]
+
+
+def scored(run: Run, score: float) -> dict[str, Any]:
+    assert run.result is not None
+    return finite({**run.result, "perplexity": score, "scores": {"perplexity": score}})
+
+
+@pytest.mark.parametrize("scores", [(50.0, 50.0, 60.0), (50.0, math.nan, 50.0), (50.0, math.inf, 60.0)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_of_equal_scores_the_lowest_rate_and_never_one_that_is_no_number(
+    scores: tuple[float, ...], order: tuple[int, ...]
+) -> None:
+    """The report chooses by the same rule: what the search repeats with further seeds is what the table shows."""
+    specs = [Spec("full", 1.0 + place, 7) for place in order]
+    ended = {Spec("full", 1.0 + place, 7): finished(score) for place, score in enumerate(scores)}
+    assert best_of(specs, ended, greater_is_better=False) == 1.0
+    runs = [replace(run, result=scored(run, score)) for run, score in zip(many(3), scores, strict=True)]
+    assert compare_runs([runs[place] for place in order], title="ties").rows[0].lr == 1.0
 
 
 @pytest.mark.parametrize(
@@ -95,5 +123,21 @@ def test_hopeless_is_told_against_the_best_at_the_same_step(
     losses: dict[int, float], expected: tuple[int, float, float] | None
 ) -> None:
     curves = [{10: 7.0, 20: 6.0, 40: 5.0, 100: 4.5}, {10: 7.0, 20: 6.0, 40: 5.2, 100: 4.0}]
-    assert is_hopeless(losses, curves, margin=0.5, max_steps=100) == expected
-    assert is_hopeless(losses, [], margin=0.5, max_steps=100) is None
+    assert is_hopeless(losses, curves, margin=0.5) == expected
+    assert is_hopeless(losses, [], margin=0.5) is None
+
+
+def test_report_and_search_choose_by_the_same_seed() -> None:
+    """The seed of the grid is the one that most rates ran with, in whatever order the seeds were given."""
+    runs = [
+        replace(run, result=scored(run, score))
+        for run, score in (
+            (invented_run("full", lr=1.0, seed=42), 50.0),
+            (invented_run("full", lr=2.0, seed=42), 48.0),
+            (invented_run("full", lr=2.0, seed=1), 52.0),
+        )
+    ]
+    (row,) = compare_runs(runs, title="seeds").rows
+    assert (row.lr, row.scores, row.grid) == (2.0, {1: 52.0, 42: 48.0}, {"1": 50.0, "2": 48.0})
+    ended = {Spec("full", run.lr, run.seed): finished(run.score or 0.0) for run in runs}
+    assert smaller([variant("full", 1.0, 2.0)], [42, 1], ended) == []

@@ -12,6 +12,7 @@ import pytest
 from fullrank.report.comparison import Comparison, compare_runs
 from fullrank.report.figures import draw, draw_loss, draw_memory, short_count
 from fullrank.report.runs import read_run
+from tests.report.invented import invented_run
 from tests.report.made import MB, write_rows, write_run
 
 METHODS = ("fira", "galore", "apollo", "full", "lora", "relora", "sift")
@@ -144,3 +145,14 @@ def test_counts() -> None:
     assert [short_count(value) for value in (0, 950, 1500, 409_600, 1.5e6, 1.31e10)] == [
         *("0", "950", "1.5K", "409.6K", "1.5M", "13.1B")
     ]
+
+
+def test_labels_are_text_and_none_is_hidden() -> None:
+    """matplotlib would read a formula between dollars, and leave a name with a leading underscore out of a legend."""
+    names = [r"a$\frac{$x", "_hidden"]
+    comparison = compare_runs([invented_run(name, method="full") for name in names], title="text")
+    figure = draw_loss(comparison, against="tokens")
+    figure.draw_without_rendering()
+    shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert len(shown) == 2
+    draw_memory(comparison).draw_without_rendering()

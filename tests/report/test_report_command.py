@@ -157,3 +157,9 @@ def test_a_report_of_trained_runs(tmp_path: Path) -> None:
         assert run.train.tokens[-1] == run.result["tokens"]  # type: ignore[index]
         assert 0 < run.train.time_s[0] < run.train.time_s[-1]
     assert not [note for note in comparison.notes if "differ in" in note]
+
+
+def test_a_label_of_a_line_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="40 characters long, got 41"):
+        read_given(f"{'x' * 41}={run}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fullrank.analysis.figure import COLOURS, GREY, new_figure, plain, save_png
+from fullrank.analysis.figure import COLOURS, GREY, as_text, new_figure, plain, save_png
 from fullrank.analysis.sparsity import GradientSparsity, Shares
 from fullrank.errors import ConfigError
 
@@ -88,7 +88,7 @@ def _draw_panel(axes: Any, measured: GradientSparsity, title: str) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.set(xscale="log", xlim=(x[0], 100), ylim=(0, 103))
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(as_text(title), fontsize="medium")
     axes.xaxis.set_major_formatter("{x:g}")
     plain(axes)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fullrank.analysis.figure import COLOURS, GREY, STYLES, new_figure, plain, save_png
+from fullrank.analysis.figure import COLOURS, GREY, STYLES, as_text, new_figure, plain, save_png
 from fullrank.analysis.spectrum import Spectrum
 from fullrank.errors import ConfigError
 
@@ -73,7 +73,7 @@ def _draw_panel(axes: Any, kind: str, spectra: Mapping[str, Spectrum]) -> None:
             color=COLOURS[number % len(COLOURS)],
             linestyle=STYLES[number % len(STYLES)],
             linewidth=1.8,
-            label=label,
+            label=as_text(label),
         )
     for limit in sorted({found.threshold for found in spectra.values()}):
         axes.axhline(limit, color=GREY, linewidth=0.8, linestyle=":", label=f"threshold {limit:g}")

@@ -37,6 +37,12 @@ def require_drawing() -> None:
         raise UnsupportedError("drawing needs matplotlib. Install it: pip install 'fullrank[report]'") from error
 
 
+def as_text(name: str) -> str:
+    """A user's name for matplotlib: no formula between dollars, and not hidden for its first letter."""
+    plain_name = name.replace("$", r"\$")
+    return f" {plain_name}" if plain_name.startswith("_") else plain_name
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, whose parts find their places by themselves.
 

@@ -17,7 +17,7 @@ usage: fullrank compare [--config RECIPE] [--methods METHOD,METHOD] [--lr_grid R
        fullrank compare --resume DIR
 
 Trains each method at a small grid of learning rates, with the same model, data order, token budget and loop, and
-writes a table, figures and one HTML page. The same command again goes on where it was stopped.
+writes a table, figures and one HTML page. With --output_dir the same command again goes on where it was stopped.
 
   --SECTION.FIELD VALUE  any setting of a run, for all of them: --trainer.max_steps 500, --method.rank 64
   --LABEL.FIELD VALUE    an option of one method, or of one variant of it: --relora.restart_every 100

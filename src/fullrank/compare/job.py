@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -55,6 +56,7 @@ class Job:
         self.note = ""
         """Why it ended without a result."""
         self._offset = 0
+        self._printed_before = log.stat().st_size if log.is_file() else 0
         self._hopeless = ""
         self._asked_at: float | None = None
         self._process = self._start(environment, keep_open)
@@ -82,19 +84,23 @@ class Job:
             )
 
     def follow(self) -> None:
-        """Read what the run has written since the last call."""
+        """Read what the run has written since the last call; all of it again where a resumed run dropped rows."""
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             return
         if path.stat().st_size < self._offset:
-            self._offset = 0  # a resumed run has dropped rows
+            self._offset = 0
         with path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
+                try:
+                    row = json.loads(line)
+                except ValueError:  # rows were dropped and others written since: the offset lies within one
+                    self._offset = 0
+                    break
                 self._offset += len(line)
-                row = json.loads(line)
                 if "eval_loss" in row:
                     self.losses[row["step"]] = row["eval_loss"]
                 else:
@@ -144,18 +150,28 @@ class Job:
             raise ConfigError(f"{self.spec}: {self.last_words()}")
         if self.is_stopping and status in STOPPED:
             return Ended("unfinished")
-        return self._end("failed", self.last_words() or f"exit status {status}, nothing printed")
+        return self._end("failed", self.why(status))
 
     def _end(self, outcome: str, note: str) -> Ended:
         """Write the outcome beside the run."""
         self.note = note
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "config.yaml").is_file():  # it ended before it made its folder
+            write_whole(self.folder / "config.yaml", to_yaml(self.config))
         write_whole(self.folder / OUTCOME, json.dumps({"outcome": outcome, "note": note}, indent=1))
         return Ended(outcome)
 
+    def why(self, status: int) -> str:
+        """Why it failed: the signal that ended it, or what it said."""
+        if status < 0:
+            name = signal.Signals(-status).name
+            return f"ended by {name}{', as where memory runs out' if status == -signal.SIGKILL else ''}"
+        return self.last_words() or f"exit status {status}, nothing printed"
+
     def last_words(self) -> str:
-        """What the run said of its end: its own error, or the last line that it printed."""
-        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        """What the run said of its end, this time: its own error, or the last line that it printed."""
+        printed = self.log.read_bytes()[self._printed_before :].decode("utf-8", errors="replace")
+        lines = [line for line in printed.splitlines() if line.strip()]
         own = [line.removeprefix("fullrank: ") for line in lines if line.startswith("fullrank: ")]
         return (own or lines or [""])[-1].strip()
 
@@ -174,8 +190,9 @@ def read_ended(folder: Path) -> Ended | None:
             content = json.loads(path.read_text(encoding="utf-8"))
             if name == OUTCOME:
                 return Ended(content["outcome"]) if content["outcome"] in FINAL else None
-            metric = "perplexity" if "perplexity" in content["scores"] else content["metric"]
-            return Ended("finished", content["scores"].get(metric))
+            scores = dict(content["scores"])
+            score = scores.get("perplexity" if "perplexity" in scores else content["metric"])
+            return Ended("finished", score if score is not None and math.isfinite(score) else None)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error!r}). Remove {folder} to run it again.") from None
     return None

@@ -21,7 +21,7 @@ from fullrank.errors import CheckpointError, ConfigError
 from fullrank.report.comparison import Comparison, compare_runs
 from fullrank.report.runs import read_run
 from fullrank.report.write import write_report
-from fullrank.train.config import GlueConfig
+from fullrank.train.config import GlueConfig, InstructionsConfig
 from fullrank.train.folders import refuse_unusable
 from fullrank.train.report import num_processes, write_whole
 
@@ -29,13 +29,15 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = "compare.yaml"
 """The options of a comparison, in its folder."""
+LOCK = "lock"
+"""Held by a comparison at work, and by its runs; the first file in its folder."""
 
 
 def compare(config: CompareConfig, overrides: Mapping[str, Any] | None = None) -> Comparison | None:
     """Train every method at its grid of learning rates, and leave a report behind.
 
     The folder holds ``runs/`` (an ordinary run folder each), ``logs/`` and the report. Called again with the same
-    options, or with more methods, rates or seeds, it goes on: runs that have ended are not repeated.
+    folder, and the same options or more methods, rates or seeds, it goes on: runs that have ended are not repeated.
 
     Args:
         config: Options of the comparison.
@@ -53,18 +55,20 @@ def compare(config: CompareConfig, overrides: Mapping[str, Any] | None = None) -
     overrides = dict(overrides or {})
     variants = make_variants(config, overrides)
     seeds = config.seeds or [variants[0].config.seed]
+    refuse_without_scores(variants)
     folder = find_folder(config)
     logger.info("%s", plan(variants, seeds))
     if config.dry_run:
         return None
-    for name in ("runs", "logs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
         sweep = Sweep(variants, seeds, folder, config, keep_open=lock, greater_is_better=greater_is_better(variants[0]))
         sweep.wanted()  # refuses what is there of other settings before anything is written
+        for name in ("runs", "logs"):
+            (folder / name).mkdir(exist_ok=True)
         write_whole(folder / OPTIONS, yaml.safe_dump(anchored_options(config, overrides, variants), sort_keys=False))
         if not sweep.run():
-            logger.warning("stopped; the same command with --output_dir %s goes on", folder)
+            logger.warning("stopped; go on with: fullrank compare --resume %s", folder)
             return None
         comparison = make_comparison(config, sweep)
         clear(comparison, sweep)
@@ -84,9 +88,12 @@ def load_options(folder: str | Path) -> tuple[CompareConfig, dict[str, Any]]:
         raise ConfigError(f"{folder} is not the folder of a comparison: it has no {OPTIONS}. Start it anew.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        overrides = content.pop("overrides")
-        return CompareConfig(**content | {"output_dir": str(folder)}), dict(overrides)
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+        overrides = dict(content.pop("overrides"))
+        for name, kind in (("methods", list), ("seeds", list), ("lr_grid", dict)):
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} must be a {kind.__name__}")
+        return CompareConfig(**content | {"output_dir": str(folder)}), overrides
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Give the options of the comparison again.") from None
 
 
@@ -98,7 +105,7 @@ def find_folder(config: CompareConfig) -> Path:
             number += 1
         return folder
     folder = Path(config.output_dir)
-    known = (folder / OPTIONS).is_file() or (folder / "runs").is_dir()
+    known = (folder / OPTIONS).is_file() or (folder / LOCK).is_file()
     refuse_unusable(folder, remedy="It holds no comparison: choose another.", may_hold_files=known)
     return folder
 
@@ -110,7 +117,7 @@ def locked(folder: Path) -> Iterator[int]:
     Raises:
         CheckpointError: If another one is at work in it.
     """
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -121,6 +128,21 @@ def locked(folder: Path) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
+
+
+def refuse_without_scores(variants: list[Variant]) -> None:
+    """Check that there is something to choose a rate by.
+
+    Raises:
+        ConfigError: If there are no validation examples, and a choice to make.
+    """
+    data = variants[0].config.data
+    unscored = isinstance(data, InstructionsConfig) and data.validation is None and data.validation_size == 0
+    if unscored and any(len(variant.rates) > 1 for variant in variants):
+        raise ConfigError(
+            "there are no validation examples to choose a learning rate by. Set data.validation or "
+            "data.validation_size, or give one rate by lr_grid."
+        )
 
 
 def greater_is_better(variant: Variant) -> bool:
@@ -154,14 +176,20 @@ def sorted_specs(sweep: Sweep) -> list[Spec]:
 
 
 def clear(comparison: Comparison, sweep: Sweep) -> None:
-    """Remove checkpoints, and the trained weights that ``keep_models`` does not want; results stay."""
-    best = {row.label: row.lr for row in comparison.rows}
+    """Remove the checkpoints of runs that have ended for good, and the weights that ``keep_models`` does not want.
+
+    A failed run keeps its checkpoints, to be tried again from there. Where no run has a score none is the best one,
+    and all weights stay unless none are wanted.
+    """
+    best = {row.label: row.lr for row in comparison.rows if row.score is not None}
     keep = sweep.config.keep_models
-    for spec in sweep.ended:
+    for spec, ended in sweep.ended.items():
         folder = sweep.folder / "runs" / spec.name
+        if ended.outcome == "failed":
+            continue
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        if keep == "none" or (keep == "best" and best.get(spec.label) != spec.lr):
+        if keep == "none" or (keep == "best" and best.get(spec.label, spec.lr) != spec.lr):
             for name in ("model", "warm_start", "adapter"):
                 shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -175,7 +203,7 @@ def anchored_options(config: CompareConfig, overrides: dict[str, Any], variants:
         "data.tokenizer": run.data.tokenizer,
         "model.name": run.model.name,
     }
-    given = overrides | {key: value for key, value in places.items() if key in overrides}
+    given = overrides | {key: place for key, place in places.items() if place and os.path.isabs(place)}
     recipe = config.config
     if recipe is not None and Path(recipe).is_file():
         recipe = os.path.abspath(recipe)

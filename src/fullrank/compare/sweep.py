@@ -143,15 +143,15 @@ class Sweep:
 
     def _judge(self, job: Job) -> None:
         """Stop a run of a grid that the best finished one of its label has left far behind."""
-        margin, max_steps = self.config.early_stop, job.config.trainer.get("max_steps", -1)
-        if margin is None or job.spec.seed != self.seeds[0] or job.is_stopping or max_steps <= 0:
-            return
+        margin = self.config.early_stop
+        if margin is None or job.spec.seed != self.seeds[0] or job.is_stopping or self.greater_is_better:
+            return  # where an accuracy decides, the loss does not
         finished = [
             scored_steps(self.folder / "runs" / spec.name)
             for spec, ended in self.ended.items()
             if spec.label == job.spec.label and spec.seed == job.spec.seed and ended.outcome == "finished"
         ]
-        if (found := is_hopeless(job.losses, finished, margin=margin, max_steps=max_steps)) is not None:
+        if (found := is_hopeless(job.losses, finished, margin=margin)) is not None:
             step, loss, best = found
             job.stop(f"hopeless: validation loss {loss:.3f} at step {step}, {best:.3f} at another rate")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,14 +12,17 @@ import yaml
 from fullrank.compare.config import FOR_ALL, CompareConfig
 from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
+from fullrank.report.comparison import rate_key
+from fullrank.report.sources import LONGEST_LABEL
 from fullrank.train.config import RunConfig
 from fullrank.train.recipes import load_recipe, nearest, recipe_names
-from fullrank.train.resolve import DEFAULT_RECIPE, resolve
+from fullrank.train.resolve import DEFAULT_RECIPE, LARGEST_SEED, resolve
 from fullrank.train.run import placed
 
 FACTORS = (1.0, 0.5, 2.0)
 """Learning rates of a default grid, relative to the one that the recipe or the method has."""
-LABEL = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+LABEL = re.compile(rf"[A-Za-z][\w-]{{0,{LONGEST_LABEL - 1}}}", re.ASCII)
+"""Fit for a folder, an option and a legend."""
 SECTIONS = ("model", "data", "method", "trainer")
 
 
@@ -46,7 +50,7 @@ class Spec:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.label}-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.label}-lr{rate_key(self.lr)}-seed{self.seed}"
 
     def __str__(self) -> str:
         return f"{self.label}, lr {self.lr:g}, seed {self.seed}"
@@ -80,6 +84,9 @@ def make_variants(config: CompareConfig, overrides: Mapping[str, Any] | None = N
             run = placed(resolve(base, given | {"method.name": method, "trainer.disable_tqdm": True}))
         except ConfigError as error:
             problems += [f"{label}: {line}" for line in str(error).splitlines()]
+            continue
+        if not run.method.lr > 0:
+            problems.append(f"{label}: lr must be above 0, got {run.method.lr!r}.")
             continue
         made.append(_variant(label, run, config, has_rate="lr" in own))
     if problems:
@@ -123,13 +130,13 @@ def rates_of(given: Any) -> list[float]:
     """Learning rates from a list, or from text with commas.
 
     Raises:
-        ValueError: If one is no number above 0.
+        ValueError: If one is no number above 0, or two are the same as they are written.
     """
     parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Iterable) else [given]
     rates = [float(part) for part in parts]
-    if not rates or not all(0.0 < rate < float("inf") for rate in rates):
+    if not rates or not all(0.0 < rate < float("inf") for rate in rates) or len({*map(rate_key, rates)}) < len(rates):
         raise ValueError(given)
-    return list(dict.fromkeys(rates))
+    return rates
 
 
 def _labels(methods: Iterable[str]) -> dict[str, str]:
@@ -145,8 +152,11 @@ def _labels(methods: Iterable[str]) -> dict[str, str]:
         if method not in METHODS:
             known = ", ".join(METHODS)
             raise ConfigError(f"methods must be among {known}, got {method!r}.{nearest(method, METHODS)}")
-        if not label or not LABEL.issuperset(label):
-            raise ConfigError(f"a label may hold letters, digits, - and _, got {label!r}. Name it such as fira-svd.")
+        if not LABEL.fullmatch(label):
+            raise ConfigError(
+                f"a label holds letters, digits, - and _, begins with a letter and is at most {LONGEST_LABEL} long, got "
+                f"{label!r}. Name it such as fira-svd."
+            )
         if label in (*SECTIONS, FOR_ALL) or (label in METHODS and label != method):
             raise ConfigError(f"the label {label!r} means something else already. Name it such as {method}-2.")
         if label in found:
@@ -166,11 +176,11 @@ def _problems(config: CompareConfig, overrides: Mapping[str, Any], labels: Mappi
         try:
             rates_of(given)
         except (ValueError, TypeError):
-            problems.append(f"lr_grid must hold learning rates above 0, such as 0.001,0.002, got {given!r}.")
+            problems.append(f"lr_grid must hold different learning rates above 0, as in 0.001,0.002, got {given!r}.")
     for key in overrides:
         problems += _key_problems(key, config, labels)
-    if len(set(config.seeds)) < len(config.seeds):
-        problems.append(f"seeds must differ, got {config.seeds}.")
+    if len(set(config.seeds)) < len(config.seeds) or any(not 0 <= seed <= LARGEST_SEED for seed in config.seeds):
+        problems.append(f"seeds must differ and be between 0 and {LARGEST_SEED}, got {config.seeds}.")
     if config.extend_grid < 0:
         problems.append(f"extend_grid must be at least 0, got {config.extend_grid}.")
     if config.jobs is not None and config.jobs < 1:

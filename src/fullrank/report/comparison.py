@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -24,7 +24,7 @@ class Row:
     label: str
     method: str
     lr: float | None
-    """Best rate by the first seed's score; None if no run of the label finished."""
+    """Best rate by the score with the seed of the grid; None if no run of the label finished."""
     at_edge: bool
     """Whether nothing beyond the best rate was tried on one side: it is the lowest or the highest of several."""
     scores: dict[int, float]
@@ -139,10 +139,25 @@ def rate_key(lr: float) -> str:
     return f"{lr:g}"
 
 
+def best_rate(scores: Mapping[float, float], *, greater_is_better: bool) -> float | None:
+    """The rate with the best score, of several equal ones the lowest; None where there is no score."""
+    known = {rate: -score if greater_is_better else score for rate, score in scores.items() if math.isfinite(score)}
+    return min(known, key=lambda rate: (known[rate], rate)) if known else None
+
+
 def first_at_rates(runs: Sequence[Run]) -> dict[str, Run]:
-    """Rate -> the run of one label that speaks for it, lowest rate first: its smallest seed that came to an end."""
+    """Rate -> the run of one label that speaks for it, lowest rate first.
+
+    That is the one with the seed of the grid, which most rates ran with (the smallest of several), if it came to an
+    end: further seeds run at the best rate alone.
+    """
+    rates = {seed: {rate_key(run.lr) for run in runs if run.seed == seed} for seed in {run.seed for run in runs}}
+    of_grid = min(rates, key=lambda seed: (-len(rates[seed]), seed))
     found: dict[str, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.lr, run.outcome in ("failed", "unfinished"), run.seed)):
+    ordered = sorted(
+        runs, key=lambda run: (run.lr, run.outcome in ("failed", "unfinished"), run.seed != of_grid, run.seed)
+    )
+    for run in ordered:
         found.setdefault(rate_key(run.lr), run)
     return found
 
@@ -175,10 +190,10 @@ def _refuse_unequal(runs: Sequence[Run]) -> None:
 def _row(runs: list[Run], *, greater: bool) -> Row:
     """The line of one label; ``relative`` is still open."""
     first = first_at_rates(runs)
-    scored = {key: run.score for key, run in first.items() if run.score is not None}
+    scored = {run.lr: run.score for run in first.values() if run.score is not None}
     ended = [run for run in first.values() if run.result is not None]
-    best = (max if greater else min)(scored, key=lambda key: scored[key]) if scored else None
-    lr = first[best].lr if best is not None else ended[0].lr if ended else None
+    best = best_rate(scored, greater_is_better=greater)
+    lr = best if best is not None else ended[0].lr if ended else None
     chosen = best_runs(runs, lr)
     scores = {run.seed: run.score for run in chosen if run.score is not None}
     results = [run.result for run in chosen if run.result is not None]
@@ -189,7 +204,7 @@ def _row(runs: list[Run], *, greater: bool) -> Row:
         label=runs[0].label,
         method=runs[0].method,
         lr=lr,
-        at_edge=best is not None and _is_edge(best, first),
+        at_edge=best is not None and _is_edge(rate_key(best), first),
         scores=scores,
         score=fmean(scores.values()) if scores else None,
         relative=None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from fullrank.analysis.figure import COLOURS, STYLES, new_figure, plain, save
+from fullrank.analysis.figure import COLOURS, STYLES, as_text, new_figure, plain, save
 from fullrank.report.comparison import Comparison, Row
 from fullrank.report.runs import Curve, Run
 
@@ -143,10 +143,10 @@ def _lines(comparison: Comparison) -> list[tuple[str, Run]]:
         own = [run for run in comparison.runs if run.label == row.label and run.train.step]
         best = [run for run in comparison.best_runs(row.label) if run.train.step]
         if best:
-            found.append((f"{row.label}, lr {best[0].lr:g}", best[0]))
+            found.append((as_text(f"{row.label}, lr {best[0].lr:g}"), best[0]))
         elif own:
             run = max(own, key=lambda run: run.train.step[-1])
-            found.append((f"{row.label}, lr {run.lr:g} ({run.outcome})", run))
+            found.append((as_text(f"{row.label}, lr {run.lr:g} ({run.outcome})"), run))
     return found
 
 
@@ -207,7 +207,9 @@ def _label(figure: Figure, axes: Any, points: Sequence[tuple[Row, float, float]]
         taken.append(Bbox(ends).padded(POINT))
     for row, x, unit in points:
         point = (x, unit * (row.score or 0.0))
-        text = axes.annotate(row.label, point, PLACES[0], textcoords="offset points", fontsize="small", zorder=5)
+        text = axes.annotate(
+            as_text(row.label), point, PLACES[0], textcoords="offset points", fontsize="small", zorder=5
+        )
         found: list[tuple[float, int, tuple[int, int], Any]] = []
         for place in PLACES:
             _move(text, place)

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 RUNS = "runs"
 """Folder of the runs in that of a comparison."""
 CONTENT = "compare.json"
+LONGEST_LABEL = 40
+"""Characters: tables and legends have room for no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ def read_given(text: str) -> tuple[str | None, list[Run]]:
         ConfigError: If it is none of what a report can be made of, or damaged.
     """
     label, path = split_label(text)
+    if label is not None and len(label) > LONGEST_LABEL:
+        raise ConfigError(f"a label may be {LONGEST_LABEL} characters long, got {len(label)}: {label}. Shorten it.")
     in_path = path / CONTENT if path.is_dir() else path
     is_comparison = (path / RUNS).is_dir() and not (path / "config.yaml").is_file()
     if not is_comparison and not in_path.is_file():
