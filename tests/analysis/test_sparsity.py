@@ -454,3 +454,8 @@ def test_figure_needs_a_measurement_and_matplotlib(
     with pytest.raises(UnsupportedError, match=r"pip install 'fullrank\[report\]'"):
         draw({"title": measured}, tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_density_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"densities must differ, got 0\.01, 0\.1, 0\.01"):
+        norm_share(torch.ones(10), [0.01, 0.1, 0.01])

@@ -27,6 +27,8 @@ def make_figure(found: Limits) -> Figure:
     _draw_losses(panels[0], found)
     _draw_norms(panels[1], found)
     _draw_factors(figure, panels[2], found)
+    steps = [step for _, run in found.runs() for step in (*run.loss_steps, *run.steps)]
+    panels[2].set_xlim(min(steps) - 0.5, max(steps) + 0.5)  # the map would cut off what lies beside the traced steps
     panels[2].set_xlabel("optimizer step")
     return figure
 

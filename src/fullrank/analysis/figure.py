@@ -18,8 +18,6 @@ STYLES = ("-", "--", "-.", (0, (1, 1)))
 GREY = "#555555"
 """Of what lines are compared with: a threshold, a reference."""
 DPI = 110
-NUM_COLOURS = 128
-"""Of a PNG's palette: thin translucent lines have thousands of colours, and a palette makes the file a third."""
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "fullrank"}
 """Text stays text, and the names of its parts do not change from one drawing to the next."""
 
@@ -87,7 +85,7 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as a PNG with a palette.
+    """Write a figure as a PNG.
 
     Raises:
         UnsupportedError: If matplotlib is not installed.
@@ -101,7 +99,7 @@ def save_png(figure: Figure, path: str | Path) -> Path:
     canvas.draw()
     image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
     content = io.BytesIO()
-    image.convert("RGB").quantize(NUM_COLOURS).save(content, "PNG", optimize=True)
+    image.convert("RGB").save(content, "PNG", optimize=True)
     write_whole(Path(path), content.getvalue())
     return Path(path)
 

@@ -193,6 +193,8 @@ def check_densities(densities: Sequence[float]) -> None:
     for density in densities:
         if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
             raise ConfigError(f"a density must be above 0 and at most 1, got {density!r}. 0.01 is 1%.")
+    if len(set(densities)) < len(densities):
+        raise ConfigError(f"densities must differ, got {', '.join(f'{density:g}' for density in densities)}.")
 
 
 def _row(name: str, gradient: Tensor | Sequence[Tensor], densities: Sequence[float]) -> Row:
