@@ -118,7 +118,8 @@ def matrix_factors(
     """The factors of one matrix from its gradient, its state and the options of its group.
 
     Raises:
-        UnsupportedError: If the state has no moments of Adam or RMSprop, or the matrix is spread over processes.
+        UnsupportedError: If the state has no moments of Adam or RMSprop, or AMSGrad's, or the matrix is spread over
+            processes.
     """
     refuse_sharded(parameter, optimizer="a trace of scaling factors")
     assert parameter.grad is not None
@@ -162,6 +163,11 @@ def num_factors(parameter: Tensor, group: Mapping[str, Any], *, proj_type: str =
     return columns if subspace.projects_rows((rows, columns), proj_type) else rows
 
 
+def has_limiter(group: Mapping[str, Any]) -> bool:
+    """Whether matrices of a group are projected by a method that has a norm-growth limiter, turned on or off."""
+    return group.get("rank") is not None and ("alpha_on" in group or "limiter_gamma" in group)
+
+
 def _named(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str] | None) -> Iterator[Matrix]:
     for number, group in enumerate(optimizer.param_groups):
         own = group.get("param_names") or [f"group {number}, parameter {i}" for i in range(len(group["params"]))]
@@ -179,6 +185,11 @@ def _direction(low: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any
         raise UnsupportedError(
             f"this optimizer's state holds no moments exp_avg and exp_avg_sq to read scaling factors from, but {held}. "
             "Use FiraAdamW, GaLoreAdamW, ApolloAdamW or torch.optim.AdamW."
+        )
+    if "max_exp_avg_sq" in state:
+        raise UnsupportedError(
+            "the optimizer keeps the largest second moment of every step (amsgrad=True), which scaling factors are not "
+            "defined for. Use amsgrad=False."
         )
     dtype = torch.promote_types(second.dtype, torch.float32)
     return first.to(dtype) / second.to(dtype).sqrt().add_(group["eps"])

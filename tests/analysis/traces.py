@@ -26,7 +26,7 @@ def write_trace(
     names = [f"layers.{place // len(KINDS)}.{KINDS[place % len(KINDS)]}.weight" for place in range(count)]
     matrices = {name: TracedMatrix(shape, num_factors, tuple(columns)) for name in names}
     first = header(every=1, num_columns=len(columns), seed=0, optimizer=optimizer, matrices=matrices)
-    begin(folder, first, lambda row: False)
+    begin(folder, first, step=0)
     for row in rows:
         append(folder, row)
     return folder

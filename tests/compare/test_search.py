@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from fullrank.analysis.table import finite
 from fullrank.compare.search import Ended, best_of, grid, is_hopeless, wanted
 from fullrank.compare.variants import Spec, Variant
 from fullrank.report.comparison import compare_runs
-from fullrank.report.runs import Run, finite
+from fullrank.report.runs import Run
 from fullrank.train.resolve import resolve
 from tests.report.invented import invented_run
 

@@ -160,8 +160,43 @@ def test_in_a_users_own_trainer(traced: tuple[Path, Watch], tmp_path: Path) -> N
     assert trace.steps == [2, 4]
     assert len(trace.matrices) == 4
     assert trace.rows[0].keys() == {"step", "mean", "grad_norm", "limited_norm", "limiter"}
-    tiny_trainer(tmp_path, traced[0], fira, ScalingTrace(every=4, num_columns=0)).train()
-    assert read_trace(tmp_path).steps == [4], "a new run begins a new trace"
+
+
+def test_a_fresh_run_replaces_its_own_trace_and_no_other(
+    traced: tuple[Path, Watch], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def adamw(model: nn.Module) -> torch.optim.AdamW:
+        return torch.optim.AdamW(model.parameters())
+
+    def rmsprop(model: nn.Module) -> torch.optim.RMSprop:
+        return torch.optim.RMSprop(model.parameters())
+
+    tiny_trainer(tmp_path, traced[0], adamw, ScalingTrace(every=2)).train()
+    before = (tmp_path / TRACE).read_bytes()
+    with pytest.raises(ConfigError, match=r"optimizer AdamW \(now RMSprop\)\. Go on .* nothing was overwritten"):
+        tiny_trainer(tmp_path, traced[0], rmsprop, ScalingTrace(every=2)).train()
+    assert (tmp_path / TRACE).read_bytes() == before
+    tiny_trainer(tmp_path, traced[0], adamw, ScalingTrace(every=2)).train()  # as after a kill before the first save
+    assert "training begins anew, so its 2 traced steps are traced again" in caplog.text
+    assert (tmp_path / TRACE).read_bytes() == before
+
+
+def test_one_callback_in_two_trainings_keeps_their_folders_apart(traced: tuple[Path, Watch], tmp_path: Path) -> None:
+    callback = ScalingTrace(every=4)
+    for name, lr in (("one", 0.1), ("two", 0.2)):
+        source = traced[0]
+        tiny_trainer(
+            tmp_path / name, source, lambda m, lr=lr: torch.optim.AdamW(m.parameters(), lr=lr), callback
+        ).train()  # type: ignore[misc]
+    assert (tmp_path / "one" / TRACE).read_bytes() != (tmp_path / "two" / TRACE).read_bytes()
+
+
+def test_amsgrad_is_refused(traced: tuple[Path, Watch], tmp_path: Path) -> None:
+    def amsgrad(model: nn.Module) -> torch.optim.AdamW:
+        return torch.optim.AdamW(model.parameters(), amsgrad=True)
+
+    with pytest.raises(UnsupportedError, match="amsgrad=True"):
+        tiny_trainer(tmp_path, traced[0], amsgrad, ScalingTrace(every=4)).train()
 
 
 def test_an_optimizer_without_moments_is_refused_at_its_first_step(traced: tuple[Path, Watch], tmp_path: Path) -> None:
@@ -182,21 +217,42 @@ def test_no_matrix_of_these_names(traced: tuple[Path, Watch], tmp_path: Path) ->
     assert not (tmp_path / TRACE).exists()
 
 
-def test_a_step_that_mixed_precision_skipped_is_left_out(tmp_path: Path) -> None:
+def test_a_step_that_mixed_precision_skipped_is_told_and_not_measured(tmp_path: Path) -> None:
     model = nn.Module()
     model.attn = nn.Linear(4, 4, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     trace = ScalingTrace(tmp_path, every=1)
     given: Any = (TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
     trace.on_train_begin(*given, model=model, optimizer=optimizer)
-    for step, skipped in enumerate((False, True, False)):
+    for step, skipped in enumerate((False, True, False, True)):
         model.attn.weight.grad = torch.ones(4, 4)
         if not skipped:
             optimizer.step()
         given[1].global_step = step
         wrapped = SimpleNamespace(optimizer=optimizer, step_was_skipped=skipped)  # as accelerate wraps it
         trace.on_optimizer_step(*given, model=model, optimizer=wrapped)
-    assert read_trace(tmp_path).steps == [1, 3]
+    found = read_trace(tmp_path)
+    assert (found.steps, found.skipped, found.last_step) == ([1, 3], (2, 4), 4)
+    given[1].global_step = 4
+    trace.on_train_begin(*given, model=model, optimizer=optimizer)
+    assert read_trace(tmp_path) == found, "a resume keeps them"
+
+
+def test_a_step_without_any_gradient_has_nulls(tmp_path: Path) -> None:
+    """Also for the limiter, and at the first step: it is the group that says whether there is one."""
+    model = nn.ModuleDict({"attn": nn.Linear(4, 8, bias=False), "head": nn.Linear(4, 4, bias=False)})
+    optimizer = FiraAdamW(divide_params(model, ["attn"], rank=2))
+    trace = ScalingTrace(tmp_path, every=1)
+    given: Any = (TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
+    trace.on_train_begin(*given, model=model, optimizer=optimizer)
+    for step, name in enumerate(("head", "attn")):
+        model[name].weight.grad = torch.ones_like(model[name].weight)
+        optimizer.step()
+        given[1].global_step = step
+        trace.on_optimizer_step(*given, model=model, optimizer=optimizer)
+    found = read_trace(tmp_path)
+    assert found.has_limiter
+    assert [row["limiter"] for row in found.rows] == [[None], [1.0]]
 
 
 def test_a_matrix_without_a_gradient_is_null(tmp_path: Path) -> None:
@@ -236,11 +292,42 @@ def test_reading_what_is_no_trace(tmp_path: Path, traced: tuple[Path, Watch]) ->
     path.write_text(first + "\n")
     with pytest.raises(ConfigError, match=r"holds no step yet\. Train for at least 3 optimizer steps"):
         read_trace(tmp_path)
-    short = json.dumps(json.loads(rest[0]) | {"mean": [1.0]})
     later = json.dumps(json.loads(first) | {"format": 9})
-    for text in ("", "{}\n", "[]\n", first[:50] + "\n", f"{later}\n{rest[0]}\n", f"{first}\n{short}\n"):
+    for text in ("", "{}\n", "[]\n", first[:50] + "\n", f"{later}\n{rest[0]}\n"):
         path.write_text(text)
         with pytest.raises(CheckpointError, match="is not a trace of format 1"):
             read_trace(tmp_path)
     path.write_text("\n".join([first, *rest])[:-20])
     assert read_trace(path).steps == [3, 6, 9], "a last line that was cut short is left out"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [1.0]}, "line 3: mean must list 14 numbers or nulls"),
+        ({"mean": ["x"] * 14}, "line 3: mean must list 14 numbers"),
+        ({"grad_norm": [float("nan")] * 14}, "line 3: grad_norm must list"),
+        ({"limiter": [1.0] * 13}, "line 3: limiter must list"),
+        ({"limiter": ...}, "line 3: the row has no limiter"),
+        ({"mean": ..., "limited_norm": ...}, "line 3: the row has no mean and no limited_norm"),
+        ({"columns": ...}, "line 3: columns must hold 14 lists"),
+        ({"columns": [[1.0] * 4] * 13}, "line 3: columns must hold 14 lists"),
+        ({"columns": [[1.0] * 3] + [[1.0] * 4] * 13}, "line 3: columns of matrix 0 must be 4 numbers"),
+        ({"columns": [None] * 14}, "line 3: columns of matrix 0 must be"),
+        ({"step": "6"}, "line 3: a row must be an object with a whole number"),
+        ({"step": 3}, "line 3: step 3 must come after 3"),
+        ({"step": True}, "line 3: a row must be"),
+        (b"[1, 2]", "line 3: a row must be an object"),
+        (b'{"step": 6', "line 3 is damaged .* and 2 follow"),
+        (b"\xff\xfe\x00", "line 3 is damaged .* and 2 follow"),
+    ],
+)
+def test_a_damaged_row_is_named(change: Any, message: str, traced: tuple[Path, Watch], tmp_path: Path) -> None:
+    lines = (traced[0] / TRACE).read_bytes().splitlines()
+    if isinstance(change, dict):
+        row = json.loads(lines[2]) | change
+        change = json.dumps({key: value for key, value in row.items() if value is not ...}).encode()
+    lines[2] = change
+    (tmp_path / TRACE).write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(CheckpointError, match=rf"trace\.jsonl, {message}"):
+        read_trace(tmp_path)

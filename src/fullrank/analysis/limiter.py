@@ -11,7 +11,6 @@ Without a limiter c is 1, and g_t is what the norm really did.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,8 @@ from typing import Any
 from fullrank.analysis.spectrum import matrix_types
 from fullrank.analysis.spikes import HEIGHT, WINDOW, Spike, find_spikes
 from fullrank.analysis.table import text_table
-from fullrank.analysis.traced_runs import same_matrices
-from fullrank.errors import ConfigError
+from fullrank.analysis.traced_runs import read_result, same_matrices
+from fullrank.errors import CheckpointError, ConfigError
 from fullrank.train.report import read_metrics
 from fullrank.train.trace_file import Trace, read_trace
 
@@ -192,11 +191,9 @@ def _read_run(trace: Trace, *, window: int, height: float) -> LimitedRun:
             f"{trace.folder} is traced with {trace.optimizer}, which has no norm-growth limiter. Give runs of fira or "
             "apollo."
         )
-    logged = [(row["step"], row["loss"]) for row in read_metrics(trace.folder) if "loss" in row]
-    losses = [loss for _, loss in logged]
-    steps = [step for step, _ in logged]
-    path = trace.folder / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    steps, losses = _read_losses(trace.folder)
+    result = read_result(trace.folder)
+    scores = [float(score) if _is_number(score := result.get(key)) else None for key in ("eval_loss", "perplexity")]
     return LimitedRun(
         trace.folder,
         trace.steps,
@@ -205,9 +202,36 @@ def _read_run(trace: Trace, *, window: int, height: float) -> LimitedRun:
         steps,
         losses,
         find_spikes(steps, losses, window=window, height=height),
-        result.get("eval_loss"),
-        result.get("perplexity"),
+        *scores,
     )
+
+
+def _read_losses(folder: Path) -> tuple[list[int], list[float]]:
+    """The logged steps and their training losses; warns of rows that are not of such a run, and leaves them out."""
+    try:
+        rows = read_metrics(folder)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} cannot be read ({error}). Remove it or mend it.") from None
+    steps: list[int] = []
+    losses: list[float] = []
+    num_left_out = 0
+    for row in rows:
+        if isinstance(row, dict) and "loss" not in row:  # a score
+            continue
+        step, loss = (row.get("step"), row["loss"]) if isinstance(row, dict) else (None, None)
+        if isinstance(step, int) and step > max(steps[-1:], default=-1) and _is_number(loss):
+            steps.append(step)
+            losses.append(float(loss))
+        else:
+            num_left_out += 1
+    if num_left_out:
+        path = folder / "metrics.jsonl"
+        logger.warning("%s: %d rows without a step or a loss are left out", path, num_left_out)
+    return steps, losses
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _series(trace: Trace, key: str) -> dict[str, Series]:

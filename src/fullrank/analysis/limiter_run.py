@@ -11,7 +11,14 @@ from fullrank.analysis.draw_limiter import make_figure
 from fullrank.analysis.limiter import Limits, limiter, table
 from fullrank.analysis.output import Findings, check_output, leave
 from fullrank.analysis.spikes import HEIGHT, LEAST_STEPS, WINDOW, find_spikes
-from fullrank.analysis.traced_runs import check_folder, in_folder, sibling, traced_run
+from fullrank.analysis.traced_runs import (
+    check_folder,
+    check_length,
+    in_folder,
+    refuse_training_options,
+    sibling,
+    traced_run,
+)
 from fullrank.errors import ConfigError, TrainingError
 from fullrank.train.config import RunConfig
 from fullrank.train.resolve import resolve
@@ -65,13 +72,15 @@ def analyze_limiter(options: LimiterOptions) -> Findings | None:
         return _read_runs(options)
     folder = Path(options.output_dir)
     configs = make_configs(options)
-    check_folder(folder, holds=(ON, OFF))
+    placed = [in_folder(config, folder / name) for name, config in zip((ON, OFF), configs, strict=True)]
+    runs = [(one, ScalingTrace(one.output_dir, every=options.trace_every, num_columns=0)) for one in placed]
+    check_folder(folder, name=NAME, runs=runs)
     traces: list[Trace] = []
-    for name, config in zip((ON, OFF), configs, strict=True):
-        place = folder / name
-        logger.info("%s: %s", name, place)
+    for config, tracer in runs:
+        place = Path(str(config.output_dir))
+        logger.info("%s: %s", place.name, place)
         try:
-            trace = traced_run(in_folder(config, place), ScalingTrace(place, every=options.trace_every, num_columns=0))
+            trace = traced_run(config, tracer)
         except TrainingError as error:
             logger.warning("the run in %s ended early: %s", place, error)
             trace = read_trace(place)
@@ -88,8 +97,6 @@ def make_configs(options: LimiterOptions) -> tuple[RunConfig, RunConfig]:
     Raises:
         ConfigError: If a setting is unknown or cannot work, or the method has no limiter, or it is turned off.
     """
-    if options.trace_every < 1:
-        raise ConfigError(f"trace_every must be at least 1 optimizer step, got {options.trace_every}.")
     if options.config is None:
         raise ConfigError(
             "limiter needs a traced run or two, or --config RECIPE to train them. `fullrank recipes` lists recipes."
@@ -102,6 +109,7 @@ def make_configs(options: LimiterOptions) -> tuple[RunConfig, RunConfig]:
         )
     if on.method.limiter_gamma is None:
         raise ConfigError("method.limiter_gamma is null, so neither run would have a limiter. Leave it out: 1.01.")
+    check_length(on, options.trace_every)
     return on, sibling(on, {"method.limiter_gamma": None})
 
 
@@ -109,8 +117,7 @@ def _read_runs(options: LimiterOptions) -> Findings:
     """What traced runs say."""
     if len(options.runs) > 2:
         raise ConfigError(f"limiter reads one run or two, with and without it, got {len(options.runs)}.")
-    if given := [f"--{name}" for name in ("config", "overrides") if getattr(options, name)]:
-        raise ConfigError(f"{', '.join(given)} is for training, and runs are given. Leave out one or the other.")
+    refuse_training_options(options, ("config", "overrides", "trace_every"), given="runs are")
     check_output(options.output_dir)
     return _leave([read_trace(run) for run in options.runs], options, None)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,29 @@ import yaml
 
 from fullrank.analysis.draw_similarity import make_figure
 from fullrank.analysis.output import Findings, check_output, leave
-from fullrank.analysis.similarity import Similarity, similarity, table
-from fullrank.analysis.traced_runs import check_folder, in_folder, sibling, traced_run
+from fullrank.analysis.similarity import similarity, table
+from fullrank.analysis.traced_runs import (
+    check_folder,
+    check_length,
+    in_folder,
+    refuse_training_options,
+    sibling,
+    traced_run,
+)
 from fullrank.errors import ConfigError
 from fullrank.train.config import RunConfig
 from fullrank.train.resolve import resolve
 from fullrank.train.trace import ScalingTrace
-from fullrank.train.trace_file import Trace
+from fullrank.train.trace_file import Trace, read_trace
 
 logger = logging.getLogger(__name__)
 
 LOW_RANK = ("fira", "galore", "apollo")
 """Methods with the scaling factors of a subspace."""
+LOW_RANK_OPTIMIZERS = ("FiraAdamW", "FiraRMSprop", "GaLoreAdamW", "GaLoreRMSprop", "ApolloAdamW")
+FULL_RANK_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop")
+"""Classes of torch.optim that keep Adam's moments, or RMSprop's."""
+KINDS = ("low-rank", "full-rank")
 NAME = "similarity"
 
 
@@ -65,24 +78,29 @@ def analyze_similarity(options: SimilarityOptions) -> Findings | None:
         return _compare_runs(options)
     low, full = make_configs(options)
     folder = Path(options.output_dir)
-    check_folder(folder, holds=(low.method_name, full.method_name))
+    placed = [in_folder(config, folder / config.method_name) for config in (low, full)]
+    runs = [(config, _tracer(options, low, config.output_dir)) for config in placed]
+    check_folder(folder, name=NAME, runs=runs)
     traces: list[Trace] = []
-    for config in (low, full):
-        place = folder / config.method_name
-        trace = ScalingTrace(
-            place,
-            every=options.trace_every,
-            num_columns=options.num_columns,
-            target_modules=low.method.target_modules,
-            proj_type=low.method.proj_type,
-        )
-        logger.info("%s: %s", config.method_name, place)
-        found = traced_run(in_folder(config, place), trace)
+    for config, trace in runs:
+        logger.info("%s: %s", config.method_name, config.output_dir)
+        found = traced_run(config, trace)
         if found is None:
             logger.warning("stopped; the same command goes on from there: fullrank analyze %s", NAME)
             return None
         traces.append(found)
-    return _leave(similarity(*traces), low.to_dict(), folder)
+    return _leave(traces, [low.to_dict(), full.to_dict()], folder)
+
+
+def _tracer(options: SimilarityOptions, low: RunConfig, folder: str | None) -> ScalingTrace:
+    """The trace of either run: of the low-rank method's matrices."""
+    return ScalingTrace(
+        folder,
+        every=options.trace_every,
+        num_columns=options.num_columns,
+        target_modules=low.method.target_modules,
+        proj_type=low.method.proj_type,
+    )
 
 
 def _compare_runs(options: SimilarityOptions) -> Findings:
@@ -92,13 +110,30 @@ def _compare_runs(options: SimilarityOptions) -> Findings:
             f"similarity compares two runs, the low-rank and the full-rank one, got {len(options.runs)}. Give two "
             "folders, or none and --config to train both."
         )
-    if given := [f"--{name}" for name in ("config", "full", "overrides") if getattr(options, name)]:
-        raise ConfigError(f"{', '.join(given)} is for training, and two runs are given. Leave out one or the other.")
+    names = ("config", "full", "overrides", "trace_every", "num_columns")
+    refuse_training_options(options, names, given="two runs are")
     check_output(options.output_dir)
-    low, full = options.runs
-    saved = Path(low) / "config.yaml"
-    config = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
-    return _leave(similarity(low, full), config, Path(options.output_dir))
+    traces = [read_trace(run) for run in options.runs]
+    for trace, kind, known in zip(traces, KINDS, (LOW_RANK_OPTIMIZERS, FULL_RANK_OPTIMIZERS), strict=True):
+        if trace.optimizer not in known:
+            raise ConfigError(
+                f"{trace.folder} is given as the {kind} run, and was traced with {trace.optimizer}. Give a run of "
+                f"{', '.join(LOW_RANK_OPTIMIZERS)} first, then one of torch's {', '.join(FULL_RANK_OPTIMIZERS)}."
+            )
+    return _leave(traces, [_saved_config(Path(run)) for run in options.runs], Path(options.output_dir))
+
+
+def _saved_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration in a run's folder; None where there is none, or another program's."""
+    path = folder / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not all(isinstance(found[section]["name"], str) for section in ("model", "method")):
+            return None
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
+        return None
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML has dates, JSON has none
+    return plain
 
 
 def make_configs(options: SimilarityOptions) -> tuple[RunConfig, RunConfig]:
@@ -109,8 +144,8 @@ def make_configs(options: SimilarityOptions) -> tuple[RunConfig, RunConfig]:
     """
     if options.num_columns < 1:
         raise ConfigError(f"num_columns must be at least 1, got {options.num_columns}.")
-    if options.trace_every < 1:
-        raise ConfigError(f"trace_every must be at least 1 optimizer step, got {options.trace_every}.")
+    if "name" in options.full:
+        raise ConfigError("full.name is full: the second run is of full-rank AdamW. Leave it out; see --method.name.")
     if options.config is None:
         raise ConfigError(
             "similarity needs two traced runs, or --config RECIPE to train them. `fullrank recipes` lists recipes."
@@ -129,21 +164,23 @@ def make_configs(options: SimilarityOptions) -> tuple[RunConfig, RunConfig]:
         )
     if method.lora_rank is not None:
         raise ConfigError("method.lora_rank trains LoRA's factors, which full-rank training lacks. Leave it out.")
-    if (steps := low.trainer.get("max_steps", -1)) and 0 < steps < options.trace_every:
-        raise ConfigError(
-            f"trainer.max_steps is {steps}, so no step would be traced. Lower trace_every ({options.trace_every})."
-        )
+    check_length(low, options.trace_every)
     changes = {"method.name": "full", "method.eps": method.eps}
     full = sibling(low, changes | {f"method.{key}": value for key, value in options.full.items()})
     return low, full
 
 
-def _leave(found: Similarity, config: dict[str, Any] | None, folder: Path) -> Findings:
-    label = "this run" if config is None else f"{config['model']['name']} ({config['method']['name']})"
+def _leave(traces: Sequence[Trace], configs: Sequence[dict[str, Any] | None], folder: Path) -> Findings:
+    found = similarity(*traces)
+    config, low = configs[0], traces[0]
+    place = low.folder if low.folder.is_dir() else low.folder.parent
+    label = place.resolve().name if config is None else f"{config['model']['name']} ({config['method']['name']})"
+    made = {"config": config, "full_config": configs[1], "trace_every": low.every}
+    made |= {"num_columns": low.num_columns, "seed": low.seed}
     return leave(
         NAME,
         folder,
-        content=found.to_dict() | {"label": label},
+        content=found.to_dict() | {"label": label} | made,
         rows=list(found.rows()),
         figure=make_figure(found),
         table=table({label: found}),

@@ -18,7 +18,7 @@ from fullrank.train.report import num_processes
 from fullrank.train.resolve import resolve
 from fullrank.train.run import finetune, placed, pretrain
 from fullrank.train.trace import ScalingTrace
-from fullrank.train.trace_file import Trace, TracedMatrix, read_trace
+from fullrank.train.trace_file import Trace, TracedMatrix, find_trace, read_trace
 
 logger = logging.getLogger(__name__)
 
@@ -39,45 +39,137 @@ def traced_run(config: RunConfig, trace: ScalingTrace) -> Trace | None:
         TrainingError: If the loss is no longer finite.
     """
     folder = Path(str(config.output_dir))
-    begun = (folder / "config.yaml").is_file()
-    if begun:
-        verify_run(folder, placed(config))
+    verify_traced(config, trace)
     if not (folder / "result.json").is_file():
         make = pretrain if config.command == "pretrain" else finetune
-        if make(config, resume=begun, callbacks=[trace]) is None:
+        if make(config, resume=(folder / "config.yaml").is_file(), callbacks=[trace]) is None:
             return None
-    found = read_trace(folder)
+        verify_traced(config, trace)
+    return read_trace(folder)
+
+
+def verify_traced(config: RunConfig, trace: ScalingTrace) -> None:
+    """Check that a run's folder is new or empty, or holds this run, traced like this, finished or not.
+
+    Raises:
+        ConfigError, CheckpointError: If it holds something else, or was trained without its trace.
+    """
+    folder = Path(str(config.output_dir))
+    if not (folder / "config.yaml").is_file():
+        refuse_unusable(folder, remedy="Choose another by --output_dir.")
+        return
+    verify_run(folder, placed(config))
+    found = find_trace(folder)
+    last = 0 if found is None else found.last_step
     for name in ("every", "num_columns", "seed"):
-        if getattr(found, name) != (asked := getattr(trace, name)):
+        if last and getattr(found, name) != (asked := getattr(trace, name)):
             raise ConfigError(
                 f"the run in {folder} was traced with {name} {getattr(found, name)}, asked for is {asked}. Ask for "
                 "that, or choose another --output_dir."
             )
-    num_steps = int(json.loads((folder / "result.json").read_text(encoding="utf-8"))["steps"])
-    if found.steps[-1] <= num_steps - found.every:
+    if not (folder / "result.json").is_file():
+        return
+    num_steps = read_result(folder).get("steps")
+    if not isinstance(num_steps, int):
+        raise CheckpointError(f"{folder / 'result.json'} tells of no steps. Remove {folder}, and train it again.")
+    if num_steps < trace.every:
+        raise ConfigError(
+            f"the run in {folder} ended at step {num_steps}, and every {trace.every} steps were to be traced: none "
+            "was. Remove the folder, and lower trace_every or train for more steps."
+        )
+    if last <= num_steps - trace.every:
         raise CheckpointError(
-            f"the trace in {folder} ends at step {found.steps[-1]}, its run at step {num_steps}: it was resumed "
+            f"the trace in {folder} ends at step {last}, its run at step {num_steps}: it was trained or resumed "
             "without the trace. Remove the folder, and let the analysis train it."
         )
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a run's ``result.json`` holds; nothing, with a warning, where it is not a run's."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning("%s cannot be read (%s), and is left out", path, error)
+        return {}
+    if not isinstance(found, dict):
+        logger.warning("%s is not the result of a run, and is left out", path)
+        return {}
     return found
 
 
-def check_folder(folder: str | Path, *, holds: Sequence[str]) -> None:
-    """Check that an analysis can train in a folder: new, empty, or with the runs of an earlier call in it.
+def check_folder(folder: str | Path, *, name: str, runs: Sequence[tuple[RunConfig, ScalingTrace]]) -> None:
+    """Check that an analysis can train in a folder: new, empty, or what an earlier call with these options left.
+
+    Args:
+        folder: The folder of the results; the runs are in folders of their own inside it.
+        name: The analysis, which its results are called after.
+        runs: Each run, with its folder as ``output_dir``, and how it is traced.
 
     Raises:
-        ConfigError: If it cannot be made, or holds something else.
+        ConfigError, CheckpointError: If it cannot be made, or holds something else: another run, another trace, or
+            the results of other runs.
         UnsupportedError: If matplotlib is not installed.
     """
     require_drawing()
     place = Path(folder)
-    ours = any((place / name).is_dir() for name in holds)
-    refuse_unusable(place, remedy="Choose another by --output_dir.", may_hold_files=ours)
+    inside = [Path(str(config.output_dir)) for config, _ in runs]
+    refuse_unusable(
+        place, remedy="Choose another by --output_dir.", may_hold_files=any(path.is_dir() for path in inside)
+    )
     if num_processes() > 1:
         raise ConfigError(
             f"the analysis trains in one process, and this one is of {num_processes()}. Start it without torchrun, or "
             "trace runs of your own (fullrank.train.trace.ScalingTrace) and give their folders."
         )
+    results = [path for end in ("json", "csv", "png", "svg") if (path := place / f"{name}.{end}").exists()]
+    if results and (absent := [path.name for path in inside if not (path / "config.yaml").is_file()]):
+        raise ConfigError(
+            f"{results[0]} is of other runs: there is no {' and no '.join(absent)} in {place}, which this call would "
+            "train. Choose another --output_dir; nothing was overwritten."
+        )
+    if results and (method := _method_of(results[0])) not in (None, runs[0][0].method_name):
+        raise ConfigError(
+            f"{results[0]} is of {method}, and this call of {runs[0][0].method_name}. Choose another --output_dir; "
+            "nothing was overwritten."
+        )
+    for config, trace in runs:
+        verify_traced(config, trace)
+
+
+def _method_of(path: Path) -> Any:
+    """The method that the results in a file are of; None where it does not say."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config"]["method"]["name"]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def check_length(config: RunConfig, trace_every: int) -> None:
+    """Check that a run whose length is given is long enough to be traced.
+
+    Raises:
+        ConfigError: If it is not, or ``trace_every`` is out of bounds.
+    """
+    if trace_every < 1:
+        raise ConfigError(f"trace_every must be at least 1 optimizer step, got {trace_every}.")
+    if 0 < (steps := config.trainer.get("max_steps", -1)) < trace_every:
+        raise ConfigError(
+            f"trainer.max_steps is {steps}, so no step would be traced. Lower trace_every ({trace_every})."
+        )
+
+
+def refuse_training_options(options: Any, names: Sequence[str], *, given: str) -> None:
+    """Refuse options that only training reads, where runs are given.
+
+    Raises:
+        ConfigError: Names those that are not at their default.
+    """
+    plain = type(options)()
+    if changed := [f"--{name}" for name in names if getattr(options, name) != getattr(plain, name)]:
+        raise ConfigError(f"{', '.join(changed)} is for training, and {given} given. Leave out one or the other.")
 
 
 def sibling(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -88,6 +180,10 @@ def sibling(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """
     content = config.to_dict()
     content.pop("output_dir", None)
+    for key in changes:
+        section, _, name = key.partition(".")
+        if name != "name" and isinstance(content.get(section), dict):
+            content[section].pop(name, None)  # else it would be told as left out where the method changes
     return resolve(content, changes, command=config.command)
 
 

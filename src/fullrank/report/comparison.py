@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
+from fullrank.analysis.table import finite
 from fullrank.errors import ConfigError
 from fullrank.report.notes import find_notes
-from fullrank.report.runs import SMALLER_IS_BETTER, Run, finite, run_from
+from fullrank.report.runs import SMALLER_IS_BETTER, Run, run_from
 
 FORMAT = 1
 NO_SCORE = "no score"

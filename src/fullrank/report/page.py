@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fullrank.analysis.table import finite
 from fullrank.report.comparison import Comparison, Row, rate_key
 from fullrank.report.page_tables import (
     EDGE,
@@ -34,7 +35,7 @@ from fullrank.report.page_tables import (
 )
 from fullrank.report.page_words import cards, facts, summary
 from fullrank.report.published import differences
-from fullrank.report.runs import Curve, Run, finite
+from fullrank.report.runs import Curve, Run
 from fullrank.report.settings import common_settings, own_settings, surroundings
 from fullrank.report.table import AS_THEY_ARE, csv_text
 

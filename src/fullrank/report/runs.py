@@ -151,15 +151,6 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def finite(value: Any) -> Any:
-    """Plain nested values with None for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     """The checked content of ``config.yaml``."""
     path = folder / "config.yaml"

@@ -16,6 +16,7 @@ from fullrank.scaling import (
     TARGETS,
     Factors,
     Matrix,
+    has_limiter,
     matrices,
     matrix_factors,
     num_factors,
@@ -30,7 +31,7 @@ class ScalingTrace(TrainerCallback):
     """Writes ``trace.jsonl``: what every n-th optimizer step made of the gradient of each matrix.
 
     It looks on: the run is the same run, bit for bit, and a run that is killed and resumed leaves the same trace.
-    Of several processes (DDP) the first one writes.
+    Of several processes (DDP) the first one writes. A folder that holds the trace of another optimizer is refused.
 
     Examples:
         >>> Trainer(..., optimizers=(optimizer, None), callbacks=[ScalingTrace(every=20)])
@@ -44,8 +45,9 @@ class ScalingTrace(TrainerCallback):
         proj_type: Orientation of the matrices of such an optimizer; as in the run that it is compared with.
 
     Raises:
-        ConfigError: If a number is out of bounds; when training begins, if there is no such matrix.
-        UnsupportedError: At the first step, if the optimizer does not keep Adam's moments.
+        ConfigError: If a number is out of bounds; when training begins, if there is no such matrix, or the folder
+            holds another trace.
+        UnsupportedError: At the first step, if the optimizer does not keep Adam's moments, or keeps AMSGrad's.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ScalingTrace(TrainerCallback):
         self.proj_type = proj_type
         self._matrices: list[Matrix] = []
         self._columns: list[tuple[int, ...]] = []
+        self._place: Path | None = None
         self._checked = False
 
     def on_train_begin(
@@ -91,8 +94,8 @@ class ScalingTrace(TrainerCallback):
             matrices=traced,
         )
         step = state.global_step
-        self.folder = self.folder or Path(str(args.output_dir))
-        if not begin(self.folder, first, lambda row: 0 < row["step"] <= step) and step >= self.every:
+        self._place = self.folder or Path(str(args.output_dir))  # of this training: the callback may see several
+        if not begin(self._place, first, step=step) and step >= self.every:
             logger.warning("the trace begins at step %d: the steps before were not traced", step)
 
     def on_optimizer_step(
@@ -104,13 +107,15 @@ class ScalingTrace(TrainerCallback):
         if not (due or not self._checked) or not state.is_world_process_zero:
             return
         wrapped = kwargs["optimizer"]
+        assert self._place is not None
         if getattr(wrapped, "step_was_skipped", False):  # mixed precision: the gradients overflowed
+            if due:
+                append(self._place, {"step": step, "skipped": True})
             return
         found = self._measure(_unwrapped(wrapped))
         self._checked = True  # an optimizer without moments is refused at once, not at the first traced step
         if due:
-            assert self.folder is not None
-            append(self.folder, {"step": step} | self._row(found))
+            append(self._place, {"step": step} | self._row(found))
 
     def _traced(self, name: str, parameter: Tensor, group: dict[str, Any]) -> TracedMatrix:
         count = num_factors(parameter, group, proj_type=self.proj_type)
@@ -131,7 +136,7 @@ class ScalingTrace(TrainerCallback):
             "mean": _numbers([None if f is None else f.values.mean() for f in found]),
             "grad_norm": _numbers([None if f is None else f.grad_norm for f in found]),
         }
-        if any(f is not None and f.limited_norm is not None for f in found):
+        if any(has_limiter(group) for _, _, group in self._matrices):  # also where none has a gradient at this step
             row["limited_norm"] = _numbers([None if f is None else f.limited_norm for f in found])
             row["limiter"] = _numbers([None if f is None else f.limiter for f in found])
         if self.num_columns:
