@@ -6,6 +6,7 @@ A ```python block runs as it stands, in a namespace and a folder of its own. A `
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -304,3 +305,22 @@ def test_options_of_an_analysis_are_explained(name: str) -> None:
 
 def test_documents_are_short() -> None:
     assert all(len(path.read_text(encoding="utf-8").splitlines()) < 300 for path in DOCUMENTS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose.md"])
+def test_comparison_is_that_of_the_result_file(page: str) -> None:
+    """The table of the seven methods has the numbers of compare.json, best first."""
+    (folder,) = (ROOT / "benchmarks" / "results").glob("compare_4m_*")
+    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["rows"]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \| ([\d.]+) \(([\d, ]+)\) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    assert [
+        (
+            row["label"],
+            f"{row['score']:.1f}",
+            ", ".join(f"{score:.0f}" for score in row["scores"].values()),
+            f"{row['lr']:g}",
+            f"{row['optimizer_state_bytes'] / 1e6:.1f}",
+        )
+        for row in rows
+    ] == shown
