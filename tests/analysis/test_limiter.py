@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fullrank.analysis.draw_limiter import make_figure
 from fullrank.analysis.limiter import limiter, table
 from fullrank.analysis.limiter_run import LimiterOptions, analyze_limiter, make_configs
 from fullrank.cli import main
-from fullrank.errors import ConfigError
+from fullrank.errors import CheckpointError, ConfigError
 from fullrank.train.trace_file import read_trace
 from tests.analysis.traces import write_trace
 from tests.train.tiny import recipe, write_text
@@ -124,6 +125,30 @@ def test_runs_that_cannot_be_read(on: Path, off: Path, tmp_path: Path) -> None:
     other = write_trace(tmp_path / "other", [row(1, [1.0] * 2, [1.0] * 2)])
     with pytest.raises(ConfigError, match="1 of 3 matrices are traced in"):
         limiter(on, other)
+
+
+def test_files_of_another_program_beside_the_trace(on: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"loss": 1.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, [3], {"step": "4", "loss": 2.0}]
+    rows += [{"step": 5, "eval_loss": 2.0}, {"step": 1, "loss": 9.0}, {"step": 6, "loss": math.inf}]
+    (on / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (on / "result.json").write_text("{")
+    run = limiter(on).on
+    assert (run.loss_steps, run.losses) == ([1, 6], [2.0, math.inf])
+    assert "metrics.jsonl: 5 rows without a step or a loss are left out" in caplog.text
+    assert "result.json cannot be read" in caplog.text
+    for other in ("[1]", '{"eval_loss": "low"}'):
+        (on / "result.json").write_text(other)
+        assert limiter(on).on.eval_loss is None
+    (on / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read"):
+        limiter(on)
+
+
+def test_a_step_without_gradients_counts_for_no_matrix(tmp_path: Path) -> None:
+    rows = [row(1, [None] * 3, [None] * 3), row(2, [1.0] * 3, [1.0] * 3)]
+    found = limiter(write_trace(tmp_path / "on", rows))
+    assert [matrix.num_steps for matrix in found.matrices] == [1] * 3
+    assert make_figure(found).axes
 
 
 # Real runs.
@@ -237,6 +262,7 @@ def test_a_run_that_diverges_counts_as_far_as_it_came(base: Path, analyze: Analy
         (["--method.name", "galore"], "method.name must be one of fira, apollo, got galore"),
         (["--method.limiter_gamma", "null"], "neither run would have a limiter"),
         (["--trace_every", "0"], "trace_every must be at least 1"),
+        (["--trace_every", "13"], "trainer.max_steps is 12, so no step would be traced"),
         (["--spike_window", "0"], "spike_window must be at least 1"),
         (["RUN"], "--config is for training, and runs are given"),
         (["a", "b", "c"], "limiter reads one run or two"),
@@ -248,6 +274,28 @@ def test_refused_before_anything_is_written(
     assert analyze("refused", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (base / "refused").exists()
+
+
+def test_other_options_are_refused_before_training(
+    done: Path, base: Path, analyze: Analyze, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyze("done", "--trace_every", "2") == 2
+    assert "limiter was traced with every 1, asked for is 2" in capsys.readouterr().err
+    shutil.copytree(done / "no-limiter", base / "second" / "no-limiter")
+    assert analyze("second", "--method.lr", "0.02") == 1
+    assert "no-limiter belongs to another run" in capsys.readouterr().err
+    assert not (base / "second" / "limiter").exists()
+    given = [str(done / "limiter"), "--trace_every", "2", "--output_dir", str(base / "given")]
+    assert main(["analyze", "limiter", *given]) == 2
+    assert "--trace_every is for training, and runs are given" in capsys.readouterr().err
+
+
+def test_epochs_too_short_to_be_traced(base: Path, analyze: Analyze, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their steps are known at the end only."""
+    arguments = ("--trace_every", "999", "--trainer.num_train_epochs", "0.1", "--trainer.save_strategy", "no")
+    for _ in range(2):
+        assert analyze("epochs", *arguments) == 2
+        assert "every 999 steps were to be traced: none was. Remove the folder" in capsys.readouterr().err
 
 
 def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,7 @@ def _read_run(trace: Trace, *, window: int, height: float) -> LimitedRun:
         )
     steps, losses = _read_losses(trace.folder)
     result = read_result(trace.folder)
-    scores = [float(score) if _is_number(score := result.get(key)) else None for key in ("eval_loss", "perplexity")]
+    scores = [result[key] if _is_number(result.get(key)) else None for key in ("eval_loss", "perplexity")]
     return LimitedRun(
         trace.folder,
         trace.steps,

@@ -127,7 +127,7 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
     """The configuration in a run's folder; None where there is none, or another program's."""
     path = folder / "config.yaml"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
         if not all(isinstance(found[section]["name"], str) for section in ("model", "method")):
             return None
     except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
