@@ -154,8 +154,8 @@ def _labels(methods: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"methods must be among {known}, got {method!r}.{nearest(method, METHODS)}")
         if not LABEL.fullmatch(label):
             raise ConfigError(
-                f"a label holds letters, digits, - and _, begins with a letter and is at most {LONGEST_LABEL} long, got "
-                f"{label!r}. Name it such as fira-svd."
+                f"a label holds letters, digits, - and _, begins with a letter and is at most {LONGEST_LABEL} long, "
+                f"got {label!r}. Name it such as fira-svd."
             )
         if label in (*SECTIONS, FOR_ALL) or (label in METHODS and label != method):
             raise ConfigError(f"the label {label!r} means something else already. Name it such as {method}-2.")
