@@ -317,3 +317,11 @@ def test_another_text_under_the_same_name_is_told(runs: Runs) -> None:
     assert "aaaaaaaaaaaa (full)" in note
     assert "bbbbbbbbbbbb (fira)" in note
     assert "galore" not in note
+
+
+def test_what_a_short_run_never_did_is_told(runs: Runs) -> None:
+    runs.add("relora", 0.1, 20.0, config={"method": {"restart_every": 1000}})
+    runs.add("galore", 0.1, 15.0, config={"method": {"update_proj_gap": 5}})
+    notes = runs.compare().notes
+    assert "relora never restarted: its restart_every is 1,000, and the run has 20 steps." in notes
+    assert not any("galore kept" in note for note in notes)

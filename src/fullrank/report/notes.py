@@ -30,6 +30,12 @@ EVALUATION = {"eval_strategy", "eval_steps", "eval_delay"}
 """Fields that touch the result only where the best model is kept."""
 SHOWN = 6
 """Names in one sentence at most."""
+IDLE = {
+    "restart_every": "never restarted",
+    "update_proj_gap": "kept its first basis",
+    "reselect_every": "never chose anew",
+}
+"""Options in optimizer steps -> what a run that is no longer did not do."""
 WORDS = {"finished": "has no score", "unfinished": "is unfinished", "stopped": "was stopped"}
 """Outcomes as the verb of a sentence."""
 
@@ -48,6 +54,7 @@ def find_notes(rows: Sequence[Row], runs: Sequence[Run], *, baseline: Row) -> li
         *_unscored(rows, runs),
         *_rates(rows),
         *_seeds(rows),
+        *_idle(rows, finished),
         *_warm_starts(rows, finished),
     ]
 
@@ -166,6 +173,19 @@ def _seeds(rows: Sequence[Row]) -> list[str]:
         return []
     whose = "" if len(one) == len(counts) else f" for {_listed(one)}"
     return [f"One seed{whose}: differences of a few percent may be noise."]
+
+
+def _idle(rows: Sequence[Row], finished: Sequence[Run]) -> list[str]:
+    """Options that are longer than the runs, so that what they time never happened."""
+    notes = []
+    for row in rows:
+        run = next((run for run in finished if run.label == row.label and run.lr == row.lr), None)
+        steps = (run.result or {}).get("steps") if run is not None else None
+        for option, consequence in IDLE.items():
+            every = run.config["method"].get(option) if run is not None else None
+            if steps and isinstance(every, int) and every >= steps:
+                notes.append(f"{row.label} {consequence}: its {option} is {every:,}, and the run has {steps:,} steps.")
+    return notes
 
 
 def _warm_starts(rows: Sequence[Row], finished: Sequence[Run]) -> list[str]:
