@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
 from fullrank.train.recipes import load_recipe
 from tests.train.tiny import recipe, write_text
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -138,3 +142,16 @@ def test_all_problems_are_told_together(tiny: str) -> None:
     with pytest.raises(ConfigError) as error:
         made(tiny, "fira", jobs=0, seeds=[2, 2], overrides={"seed": 1})
     assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("size", ["4m", "10m", "60m", "130m"])
+def test_the_benchmark_can_be_told_so(size: str) -> None:
+    """Every size of benchmarks/compare.py resolves for all methods."""
+    benchmark: Any = runpy.run_path(str(BENCHMARKS / "compare.py"))
+    chosen = benchmark["SIZES"][size]
+    given = argparse.Namespace(data="text.jsonl", validation="held_out.jsonl")
+    config = CompareConfig(
+        config=str(BENCHMARKS / "recipes" / f"wikipedia-{size}.yaml"), lr_grid=dict(chosen.grids), seeds=[1]
+    )
+    variants = make_variants(config, benchmark["settings"](chosen, given))
+    assert {variant.label for variant in variants} == set(benchmark["METHODS"]) == set(METHODS)
