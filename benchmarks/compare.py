@@ -3,9 +3,9 @@
     python benchmarks/compare.py --size 4m --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz \\
         --work runs/compare_4m --output benchmarks/results/compare_4m_HARDWARE_YYYYMM
 
-4m and 10m are an hour or less of one CPU core; 60m and 130m are for a GPU. The ranks are a quarter of the width, SIFT's
-density gives it the state that a projected method has, and the gaps and cycles are a fraction of the run. Interrupted,
-the same command goes on.
+4m and 10m are an hour or less of one CPU core; 60m and 130m are for a GPU. The ranks are a quarter of the width (130m:
+the papers' third), SIFT's density gives it the state that a projected method has, and the gaps and cycles are a
+fraction of the run. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
