@@ -68,7 +68,14 @@ def stop_midway(whole: Path, folder: Path, number: int, environment: dict[str, s
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     number: int, whole: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

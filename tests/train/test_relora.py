@@ -111,10 +111,12 @@ def test_a_restart_moves_the_factors_into_the_weight(scaling: bool, text: Path, 
     ("method", "options", "steps"),
     [
         ("relora", RESTARTS | {"trainable_scaling": True, "lora_dropout": 0.1}, (3, 6, 7, 12)),
-        ("relora", RESTARTS | {"reset": "magnitude"}, (6, 11)),
-        ("relora", RESTARTS | {"reset": "random", "train_embeddings": False}, (12,)),
+        pytest.param("relora", RESTARTS | {"reset": "magnitude"}, (6, 11), marks=pytest.mark.slow),
+        pytest.param(
+            "relora", RESTARTS | {"reset": "random", "train_embeddings": False}, (12,), marks=pytest.mark.slow
+        ),
         ("relora", RESTARTS | WARM, (4, 5, 6, 11, 20)),
-        ("lora", WARM, (5, 9)),
+        pytest.param("lora", WARM, (5, 9), marks=pytest.mark.slow),
     ],
     ids=["zero", "magnitude", "random", "warm start", "lora with warm start"],
 )
@@ -220,7 +222,7 @@ def test_a_run_starts_from_a_checkpoint_with_factors(scaling: bool, base: Path, 
     assert math.log(result["perplexity_before"]) == pytest.approx(scored, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["relora", "lora"])
+@pytest.mark.parametrize("method", ["relora", pytest.param("lora", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_nothing(method: str, text: Path, tmp_path: Path) -> None:
     """Frozen embeddings included, for which a reentrant one would find nothing to train."""
     options = {"train_embeddings": False} | (RESTARTS if method == "relora" else {})

@@ -71,6 +71,7 @@ def test_every_rank_holds_the_same(tmp_path: Path, environment: dict[str, str]) 
             assert all(torch.equal(value, second["optimizer"]["state"][index][key]) for key, value in state.items())
 
 
+@pytest.mark.slow
 def test_the_command_with_a_warm_start(tmp_path: Path, environment: dict[str, str]) -> None:
     """DDP wraps the model anew at the end of the warm start; killed after a restart, it goes on as it was."""
     text = write_text(tmp_path / "text.jsonl")

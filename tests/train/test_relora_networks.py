@@ -51,7 +51,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("FULLRANK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.mark.parametrize("method", ["lora", "relora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "relora"])
 @pytest.mark.parametrize(
     ("make", "targets"), [(gpt2, ["attn", "mlp"]), (tied, ["attn", "mlp"]), (neox, ["attention", "mlp"])]
 )
