@@ -26,7 +26,7 @@ FINAL = ("stopped", "diverged")
 """Outcomes that another try would repeat."""
 STOPPED = (130, -signal.SIGTERM, -signal.SIGKILL)
 """Exit statuses of a run that was asked to stop: it saved and stopped, or was ended before or while it did."""
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 """How long a run may take to save and stop when it is asked to (seconds)."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fullrank.analysis.figure import require_drawing
 from fullrank.compare.config import CompareConfig
 from fullrank.compare.sweep import Sweep
 from fullrank.compare.variants import Spec, Variant, make_variants
@@ -52,6 +53,7 @@ def compare(config: CompareConfig, overrides: Mapping[str, Any] | None = None) -
     """
     if num_processes() > 1:
         raise ConfigError("compare starts a process for each run itself. Call it without torchrun.")
+    require_report()
     overrides = dict(overrides or {})
     variants = make_variants(config, overrides)
     seeds = config.seeds or [variants[0].config.seed]
@@ -74,6 +76,18 @@ def compare(config: CompareConfig, overrides: Mapping[str, Any] | None = None) -
         clear(comparison, sweep)
         write_report(comparison, folder)
     return comparison
+
+
+def require_report() -> None:
+    """Check that a report can be made, before hours of training for it.
+
+    Raises:
+        ModuleNotFoundError, UnsupportedError: If a package of the extra ``report`` is missing.
+    """
+    import jinja2  # noqa: F401
+    import plotly  # noqa: F401
+
+    require_drawing()
 
 
 def load_options(folder: str | Path) -> tuple[CompareConfig, dict[str, Any]]:
