@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fullrank.cli import main
 from fullrank.compare.run import load_options, locked
 from fullrank.errors import CheckpointError
 from fullrank.train.report import read_metrics
@@ -108,15 +109,15 @@ def test_again_repeats_nothing_and_a_seed_adds_only_itself(
     rows = json.loads((whole / "compare.json").read_text())["rows"]
     assert all(set(row["scores"]) == {"42", "43"} for row in rows)
     config, overrides = load_options(whole)
-    assert (config.seeds, config.methods, overrides) == ([42, 43], ["full", "lora"], {})
+    assert (config.seeds, config.methods) == ([42, 43], ["full", "lora"])
+    assert overrides == {"data.name": str(base / "documents.jsonl")}  # found from any folder
 
 
-def test_other_settings_are_refused(base: Path, whole: Path, environment: dict[str, str]) -> None:
+def test_other_settings_are_refused(base: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = results(whole)
-    done = call(base, whole, "--methods", METHODS, "--lr_grid", "0.002,0.004", "--trainer.max_steps", "21",
-                environment=environment)  # fmt: skip
-    assert done.returncode == 1
-    assert "trainer.max_steps was 20, is now 21" in done.stderr
+    options = ("--methods", METHODS, "--lr_grid", "0.002,0.004", "--trainer.max_steps", "21")
+    assert main(words(base, whole, *options)[3:]) == 1
+    assert "trainer.max_steps was 20, is now 21" in capsys.readouterr().err
     assert results(whole) == before
 
 
@@ -155,7 +156,7 @@ def test_interrupted_comparison_goes_on(base: Path, environment: dict[str, str])
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    assert "goes on" in printed
+    assert f"go on with: fullrank compare --resume {folder}" in printed
     assert not (run / "result.json").exists()
     assert not (run / "outcome.json").exists()
     stopped_at = read_metrics(run)[-1]["step"]
@@ -183,25 +184,23 @@ def test_refusal_of_a_run_ends_the_comparison(base: Path, environment: dict[str,
     assert "4096" in done.stderr
 
 
-def test_folder_of_something_else_is_refused(base: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_folder_of_something_else_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    done = call(base, tmp_path, "--methods", "full", environment=environment)
-    assert done.returncode == 2
-    assert "not empty" in done.stderr
+    assert main(words(base, tmp_path, "--methods", "full")[3:]) == 2
+    assert "not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_two_comparisons_do_not_share_a_folder(whole: Path, base: Path, environment: dict[str, str]) -> None:
+def test_two_comparisons_do_not_share_a_folder(base: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(whole):
-        done = call(base, whole, "--methods", METHODS, "--lr_grid", "0.002,0.004", environment=environment)
-    assert done.returncode == 1
-    assert "at work in" in done.stderr
+        assert main(words(base, whole, "--methods", METHODS, "--lr_grid", "0.002,0.004")[3:]) == 1
+    assert "at work in" in capsys.readouterr().err
     with locked(whole), pytest.raises(CheckpointError, match="at work"), locked(whole):
         pass
 
 
-def test_dry_run_writes_nothing(base: Path, environment: dict[str, str]) -> None:
-    done = call(base, base / "dry", "--methods", METHODS, "--dry_run", environment=environment)
-    assert done.returncode == 0, done.stderr
-    assert "6 runs" in done.stderr
+def test_dry_run_writes_nothing(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fullrank")
+    assert main(words(base, base / "dry", "--methods", METHODS, "--dry_run")[3:]) == 0
+    assert "6 runs" in caplog.text
     assert not (base / "dry").exists()
