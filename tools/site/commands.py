@@ -109,7 +109,7 @@ def _method_options(name: str) -> Iterator[str]:
 def _described(words: list[str], *, level: int = 2) -> Iterator[str]:
     """The usage as it is printed, then a table for each group of options."""
     usage, groups = split_help(help_text(words))
-    yield f"```text\n{usage}\n```\n"
+    yield f"``` {{ .text .usage }}\n{usage}\n```\n"
     for title, options in groups:
         if words[0] in ("pretrain", "finetune") and title.startswith(METHOD_GROUP):
             continue  # below, for every method
