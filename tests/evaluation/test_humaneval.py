@@ -380,6 +380,7 @@ def test_a_wrong_row_of_records_is_named(lm: Counting, data: str, tmp_path: Path
 
 @pytest.mark.shared_data
 @needs_real
+@pytest.mark.slow
 def test_canonical_solutions_pass_and_wrong_ones_fail() -> None:
     found = load_problems(str(REAL))
     with gzip.open(REAL, "rt", encoding="utf-8") as file:

@@ -60,6 +60,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "FULLRANK_CACHE": str(tmp_path_factory.getbasetemp() / "cache"), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_every_rank_holds_the_same(tmp_path: Path, environment: dict[str, str]) -> None:
     """New factors, random resets and random rounding follow the seed, not the rank's own random state."""
     (tmp_path / "loop.py").write_text(LOOP)
