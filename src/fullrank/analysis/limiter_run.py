@@ -18,6 +18,7 @@ from fullrank.analysis.traced_runs import (
     refuse_training_options,
     sibling,
     traced_run,
+    traced_runs,
 )
 from fullrank.errors import ConfigError, TrainingError
 from fullrank.train.config import RunConfig
@@ -75,20 +76,17 @@ def analyze_limiter(options: LimiterOptions) -> Findings | None:
     placed = [in_folder(config, folder / name) for name, config in zip((ON, OFF), configs, strict=True)]
     runs = [(one, ScalingTrace(one.output_dir, every=options.trace_every, num_columns=0)) for one in placed]
     check_folder(folder, name=NAME, runs=runs)
-    traces: list[Trace] = []
-    for config, tracer in runs:
-        place = Path(str(config.output_dir))
-        logger.info("%s: %s", place.name, place)
-        try:
-            trace = traced_run(config, tracer)
-        except TrainingError as error:
-            logger.warning("the run in %s ended early: %s", place, error)
-            trace = read_trace(place)
-        if trace is None:
-            logger.warning("stopped; the same command goes on from there: fullrank analyze %s", NAME)
-            return None
-        traces.append(trace)
-    return _leave(traces, options, configs[0].to_dict())
+    traces = traced_runs(runs, name=NAME, make=_as_far_as_it_came)
+    return None if traces is None else _leave(traces, options, configs[0].to_dict())
+
+
+def _as_far_as_it_came(config: RunConfig, trace: ScalingTrace) -> Trace | None:
+    """A traced run; of one whose loss is lost, the trace until then."""
+    try:
+        return traced_run(config, trace)
+    except TrainingError as error:
+        logger.warning("the run in %s ended early: %s", config.output_dir, error)
+        return read_trace(str(config.output_dir))
 
 
 def make_configs(options: LimiterOptions) -> tuple[RunConfig, RunConfig]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +19,13 @@ from fullrank.analysis.traced_runs import (
     in_folder,
     refuse_training_options,
     sibling,
-    traced_run,
+    traced_runs,
 )
 from fullrank.errors import ConfigError
 from fullrank.train.config import RunConfig
 from fullrank.train.resolve import resolve
 from fullrank.train.trace import ScalingTrace
 from fullrank.train.trace_file import Trace, read_trace
-
-logger = logging.getLogger(__name__)
 
 LOW_RANK = ("fira", "galore", "apollo")
 """Methods with the scaling factors of a subspace."""
@@ -81,15 +78,8 @@ def analyze_similarity(options: SimilarityOptions) -> Findings | None:
     placed = [in_folder(config, folder / config.method_name) for config in (low, full)]
     runs = [(config, _tracer(options, low, config.output_dir)) for config in placed]
     check_folder(folder, name=NAME, runs=runs)
-    traces: list[Trace] = []
-    for config, trace in runs:
-        logger.info("%s: %s", config.method_name, config.output_dir)
-        found = traced_run(config, trace)
-        if found is None:
-            logger.warning("stopped; the same command goes on from there: fullrank analyze %s", NAME)
-            return None
-        traces.append(found)
-    return _leave(traces, [low.to_dict(), full.to_dict()], folder)
+    traces = traced_runs(runs, name=NAME)
+    return None if traces is None else _leave(traces, [low.to_dict(), full.to_dict()], folder)
 
 
 def _tracer(options: SimilarityOptions, low: RunConfig, folder: str | None) -> ScalingTrace:

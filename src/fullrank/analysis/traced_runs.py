@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,31 @@ def traced_run(config: RunConfig, trace: ScalingTrace) -> Trace | None:
             return None
         verify_traced(config, trace)
     return read_trace(folder)
+
+
+def traced_runs(
+    runs: Sequence[tuple[RunConfig, ScalingTrace]],
+    *,
+    name: str,
+    make: Callable[[RunConfig, ScalingTrace], Trace | None] = traced_run,
+) -> list[Trace] | None:
+    """Make the runs of an analysis one after another; None if one was stopped before its end.
+
+    Args:
+        runs: Each with its ``output_dir``, and how it is traced.
+        name: The analysis.
+        make: Makes one of them.
+    """
+    traces = []
+    for config, trace in runs:
+        place = Path(str(config.output_dir))
+        logger.info("%s: %s", place.name, place)
+        found = make(config, trace)
+        if found is None:
+            logger.warning("stopped; the same command goes on from there: fullrank analyze %s", name)
+            return None
+        traces.append(found)
+    return traces
 
 
 def verify_traced(config: RunConfig, trace: ScalingTrace) -> None:

@@ -9,10 +9,9 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from fullrank.errors import ConfigError
+from fullrank.train.config import SECTIONS
 
 Options = TypeVar("Options")
-SECTIONS = ("model", "data", "method", "trainer")
-"""Of a run's configuration."""
 
 
 def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:

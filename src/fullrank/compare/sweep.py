@@ -16,7 +16,7 @@ import torch
 from fullrank.compare.config import CompareConfig
 from fullrank.compare.job import Job, read_ended, scored_steps
 from fullrank.compare.progress import Progress
-from fullrank.compare.search import Ended, is_hopeless, wanted
+from fullrank.compare.search import Ended, ScoredSteps, is_hopeless, wanted
 from fullrank.compare.variants import Spec, Variant, run_config
 from fullrank.train.checkpoint import verify_run
 from fullrank.train.config import RunConfig
@@ -60,6 +60,7 @@ class Sweep:
         """Slot -> the run in it."""
         self.interrupted = 0
         self._looked_for: set[Spec] = set()
+        self._curves: dict[Spec, ScoredSteps] = {}
         self._slots = slots(config.jobs)
 
     def wanted(self) -> list[Spec]:
@@ -147,13 +148,19 @@ class Sweep:
         if margin is None or job.spec.seed != self.seeds[0] or job.is_stopping or self.greater_is_better:
             return  # where an accuracy decides, the loss does not
         finished = [
-            scored_steps(self.folder / "runs" / spec.name)
+            self._curve(spec)
             for spec, ended in self.ended.items()
             if spec.label == job.spec.label and spec.seed == job.spec.seed and ended.outcome == "finished"
         ]
         if (found := is_hopeless(job.losses, finished, margin=margin)) is not None:
             step, loss, best = found
             job.stop(f"hopeless: validation loss {loss:.3f} at step {step}, {best:.3f} at another rate")
+
+    def _curve(self, spec: Spec) -> ScoredSteps:
+        """The validation losses of a finished run, read once: every running one is judged by them at every look."""
+        if spec not in self._curves:
+            self._curves[spec] = scored_steps(self.folder / "runs" / spec.name)
+        return self._curves[spec]
 
     def _stop_all(self) -> None:
         """Ask every run to save and stop, and wait until they have."""

@@ -14,7 +14,7 @@ from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
 from fullrank.report.comparison import rate_key
 from fullrank.report.sources import LONGEST_LABEL
-from fullrank.train.config import RunConfig
+from fullrank.train.config import SECTIONS, RunConfig
 from fullrank.train.recipes import load_recipe, nearest, recipe_names
 from fullrank.train.resolve import DEFAULT_RECIPE, LARGEST_SEED, resolve
 from fullrank.train.run import placed
@@ -23,7 +23,6 @@ FACTORS = (1.0, 0.5, 2.0)
 """Learning rates of a default grid, relative to the one that the recipe or the method has."""
 LABEL = re.compile(rf"[A-Za-z][\w-]{{0,{LONGEST_LABEL - 1}}}", re.ASCII)
 """Fit for a folder, an option and a legend."""
-SECTIONS = ("model", "data", "method", "trainer")
 
 
 @dataclass(frozen=True)

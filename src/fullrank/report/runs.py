@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fullrank.errors import ConfigError
+from fullrank.train.config import SECTIONS
 from fullrank.train.report import read_metrics
 
 MAX_POINTS = 200
@@ -20,8 +21,6 @@ MAX_POINTS = 200
 OUTCOMES = ("finished", "stopped", "diverged", "failed", "unfinished")
 ENDED_EARLY = OUTCOMES[1:4]
 """What ``outcome.json`` may say."""
-SECTIONS = ("model", "data", "method", "trainer")
-"""Of a run's configuration."""
 SMALLER_IS_BETTER = ("loss", "perplexity")
 _PATH = re.compile(r"(?<![\w.])/(?:[^\s/:;,'\"]+/)+([^\s/:;,'\"]+)")
 

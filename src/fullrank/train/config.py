@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+SECTIONS = ("model", "data", "method", "trainer")
+"""Of a recipe and of a run's configuration."""
 PYTHON_DOCS = "python-docs"
 """The text inside this Python installation, as a ``data.name``."""
 TRAINED = "bpe"
