@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
-from fullrank.sharding import refuse_sharded
+from fullrank.partition import Partition
+from fullrank.sharding import is_connected, is_sharded, make_state, split_of, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,11 @@ class MethodOptimizer(torch.optim.Optimizer):
     structural: Sequence[str] = ("method",)
     """Group options that decide what the state is; a loaded state must agree in them."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    partition_states = False
+    _partition: Partition | None = None
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, partition_states: bool = False) -> None:
+        self.partition_states = partition_states
         # torch writes the defaults into the groups it is given: copies keep the caller's for another optimizer.
         groups = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
         super().__init__(groups, {"method": type(self).__name__, **defaults})
@@ -63,8 +68,12 @@ class MethodOptimizer(torch.optim.Optimizer):
         """Shape and dtype of every state tensor of one parameter."""
 
     @abstractmethod
-    def step_group(self, group: dict[str, Any], number: int) -> None:
-        """Step the parameters of group ``number`` that have a gradient; these have their state."""
+    def step_parameters(self) -> None:
+        """Step the parameters for which ``steps_here``; these have their state."""
+
+    def state_layout(self, key: str, parameter: Tensor, group: dict[str, Any]) -> str:
+        """How a state tensor of a sharded parameter is spread: ``like`` it, by ``rows``, or ``whole``."""
+        return "like"
 
     def option_problems(self, group: dict[str, Any]) -> list[str]:
         """What is wrong with the options of a group, one sentence each."""
@@ -86,6 +95,12 @@ class MethodOptimizer(torch.optim.Optimizer):
         if problems := self.option_problems(self.param_groups[-1]):
             self.param_groups.pop()
             raise ConfigError(" ".join(problems))
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                self.refuse_layout(parameter, self.param_groups[-1])
+        except (ConfigError, UnsupportedError):
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -95,35 +110,118 @@ class MethodOptimizer(torch.optim.Optimizer):
             closure: Recomputes the loss with gradients enabled; its value is returned.
 
         Raises:
-            UnsupportedError: For a sparse gradient or a sharded parameter.
+            UnsupportedError: For a sparse gradient, or a parameter that is spread in a way that cannot be stepped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._prepare(parameter, group)
-        for number, group in enumerate(self.param_groups):
-            self.step_group(group, number)
+        self._prepare()
+        self.step_parameters()
+        if self._partition is not None:
+            self._partition.share_()
         return loss
 
-    def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Refuse what cannot be stepped and make the state of a parameter seen for the first time."""
-        assert parameter.grad is not None
-        if parameter.grad.layout != torch.strided:
+    def steps_here(self, parameter: Tensor) -> bool:
+        """Whether this process steps a parameter: it has a gradient, and no other process keeps its state."""
+        return parameter.grad is not None and (self._partition is None or self._partition.is_mine(parameter))
+
+    def init_states(self) -> None:
+        """Make the state of every trainable parameter now, where the first step would make it.
+
+        A checkpoint then has all its keys from the start. Sharded parameters do so at the first step by themselves:
+        ``torch.distributed.checkpoint`` passes over keys that come later.
+        """
+        self._divide_states()
+        for _, parameter, group in self.named():
+            if (self._partition is None or self._partition.is_mine(parameter)) and not self.state[parameter]:
+                self._init_state(parameter, group)
+
+    def _prepare(self) -> None:
+        """Refuse what cannot be stepped, and make the state of parameters seen for the first time."""
+        self._divide_states()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.layout != torch.strided:
+                    raise UnsupportedError(
+                        f"{type(self).__name__} does not take sparse gradients, got one for a parameter of shape "
+                        f"{tuple(parameter.shape)}. Build the embedding with sparse=False, or give that parameter "
+                        "to torch.optim.SparseAdam."
+                    )
+                if not self.state and is_sharded(parameter):
+                    self.init_states()
+                if self.steps_here(parameter) and not self.state[parameter]:
+                    self._init_state(parameter, group)
+
+    def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        self.refuse_layout(parameter, group)
+        split = split_of(parameter)
+        for key, (shape, dtype) in self.state_spec(parameter, group).items():
+            if key == "step":
+                self.state[parameter][key] = torch.zeros(shape, dtype=dtype)
+            else:
+                layout = self.state_layout(key, parameter, group)
+                self.state[parameter][key] = make_state(shape, dtype, parameter, split, layout)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """A parameter's name, or its position."""
+        return next(name for name, other, _ in self.named(trainable=False) if other is parameter)
+
+    def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Raise UnsupportedError for a parameter that an engine has flattened, or spread in a way that cannot work."""
+        if hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False):
+            engine = "DeepSpeed ZeRO" if hasattr(parameter, "ds_id") else "FSDP1 (FullyShardedDataParallel)"
             raise UnsupportedError(
-                f"{type(self).__name__} does not take sparse gradients, got one for a parameter of shape "
-                f"{tuple(parameter.shape)}. Build the embedding with sparse=False, or give that parameter "
-                "to torch.optim.SparseAdam."
+                f"{self.name_of(parameter)} belongs to {engine}, which cuts weights into flat pieces, so "
+                f"{type(self).__name__} would see no matrices. Shard the model by torch.distributed.fsdp.fully_shard "
+                "(FSDP2), or train under DDP."
             )
-        state = self.state[parameter]
-        if not state:
-            refuse_sharded(parameter, optimizer=type(self).__name__)
-            for key, (shape, dtype) in self.state_spec(parameter, group).items():
-                device = "cpu" if key == "step" else parameter.device
-                state[key] = torch.zeros(shape, dtype=dtype, device=device)
+        if not is_sharded(parameter):
+            return
+        split_of(parameter, name=self.name_of(parameter))
+        if self.partition_states:
+            raise ConfigError(
+                f"partition_states is for whole parameters under DDP, and {self.name_of(parameter)} is sharded: its "
+                "state is divided already. Leave partition_states out."
+            )
+
+    def _divide_states(self) -> None:
+        """Once there are several processes, settle which of them keeps the state of which parameter."""
+        if not self.partition_states or not is_connected():
+            return
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if self._partition is None:
+            self._partition = Partition()
+        if len(self._partition.owners) < len(parameters):
+            specs = {parameter: spec.values() for parameter, spec in self._spec_of().items()}
+            sizes = {p: sum(torch.Size(shape).numel() for shape, _ in spec) for p, spec in specs.items()}
+            self._partition.include(sizes)
+
+    def consolidate_state_dict(self) -> None:
+        """Bring a state that is partitioned over processes together in the first one, in host memory.
+
+        All processes must call it. Until the next step ``state_dict()`` is then whole in the first process. Without
+        ``partition_states``, or in one process, there is nothing to do.
+        """
+        self._divide_states()
+        if self._partition is not None:
+            self._partition.gather_(self.state, self._spec_of())
+
+    def _spec_of(self) -> dict[Tensor, StateSpec]:
+        return {parameter: self.state_spec(parameter, group) for _, parameter, group in self.named(trainable=False)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as of any torch optimizer.
+
+        Raises:
+            UnsupportedError: If other processes keep a part of it and ``consolidate_state_dict`` was not called.
+        """
+        if self._partition is None or not self.state:
+            return super().state_dict()
+        with self._partition.whole_state(self.state):
+            return super().state_dict()
 
     def named(self, *, trainable: bool = True) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name (or position), parameter and group of everything this optimizer trains, or of all it was given."""
@@ -149,11 +247,34 @@ class MethodOptimizer(torch.optim.Optimizer):
                 ranks or dtypes than this optimizer's groups; nothing is changed then.
         """
         self._check_loadable(state_dict)
-        super().load_state_dict(state_dict)
-        for saved, parameter, _ in self._pair(state_dict):
-            for key, value in _own(saved).items():
-                device = "cpu" if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(device, copy=True)
+        self._divide_states()
+        kept = state_dict
+        if self._partition is not None:
+            self._partition.forget()
+            mine = {index for index, parameter, _ in self._pair(state_dict) if self._partition.is_mine(parameter)}
+            kept = {**state_dict, "state": {index: state_dict["state"][index] for index in mine}}
+        super().load_state_dict(kept)
+        for index, parameter, group in self._pair(kept):
+            for key, value in _own(kept["state"][index]).items():
+                self.state[parameter][key] = self._loaded(key, value, parameter, group)
+
+    def _loaded(self, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """A saved tensor where its parameter is, and spread as it has to be."""
+        if key == "step":
+            return value.to("cpu", copy=True)
+        split = split_of(parameter)
+        if split is None or is_sharded(value):
+            return value.to(parameter.device, copy=True)
+        layout = self.state_layout(key, parameter, group)
+        if layout == "rows":
+            part = split.rows(value)
+        elif layout == "like" and split.dim is not None:
+            start, end = split.bounds(value.shape[split.dim])
+            part = value.narrow(split.dim, start, end - start)
+        else:
+            part = value
+        part = part.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
+        return spread(part, value.shape, split, layout)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give groups that were saved by an older version the options added since."""
@@ -162,12 +283,12 @@ class MethodOptimizer(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
-    def _pair(self, state_dict: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
-        """Each saved state with the parameter and the group that it belongs to."""
+    def _pair(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
+        """The number of each saved state, with the parameter and the group that it belongs to."""
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 if index in state_dict["state"]:
-                    yield state_dict["state"][index], parameter, group
+                    yield index, parameter, group
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
         if not {"state", "param_groups"} <= state_dict.keys():
@@ -189,8 +310,8 @@ class MethodOptimizer(torch.optim.Optimizer):
                         f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
                         f"{group[key]!r}. Build the optimizer with the options it was saved with."
                     )
-        for saved, parameter, group in self._pair(state_dict):
-            saved, expected = _own(saved), self.state_spec(parameter, group)
+        for index, parameter, group in self._pair(state_dict):
+            saved, expected = _own(state_dict["state"][index]), self.state_spec(parameter, group)
             found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
             if found != expected or len(found) != len(saved):
                 raise CheckpointError(

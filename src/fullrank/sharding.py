@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from fullrank.errors import UnsupportedError
@@ -236,7 +236,8 @@ def _go_on(
 def _answer(kind: str, asked: list[tuple[Split, Request]]) -> list[Tensor]:
     """The answers to requests of one kind, in their order: a bucket of like ones at a time."""
     answers: dict[int, Tensor] = {}
-    for numbers in _buckets([(request.tensor, split.group) for split, request in asked]):
+    sizes = [_size(request, split) for split, request in asked]
+    for numbers in _buckets([(request.tensor, split.group) for split, request in asked], sizes):
         split = asked[numbers[0]][0]
         tensors = [asked[number][1].tensor for number in numbers]
         if kind == "to_rows":
@@ -249,18 +250,25 @@ def _answer(kind: str, asked: list[tuple[Split, Request]]) -> list[Tensor]:
     return [answers[number] for number in range(len(asked))]
 
 
-def _buckets(entries: Sequence[tuple[Tensor, Any]]) -> list[list[int]]:
+def _size(request: Request, split: Split) -> int:
+    """Numbers that a request sends: the same in all processes, whatever their parts, as they must bucket alike."""
+    if request.kind != "all_rows":
+        return request.tensor.numel()
+    return -(-request.num_rows // split.num) * request.tensor.shape[1:].numel()
+
+
+def _buckets(entries: Sequence[tuple[Tensor, Any]], sizes: Sequence[int]) -> list[list[int]]:
     """Positions of tensors that go into one collective: of one dtype, device and group, up to ``BUCKET`` numbers."""
     made: list[list[int]] = []
     last: dict[Any, tuple[list[int], int]] = {}
     for number, (tensor, group) in enumerate(entries):
         key = (tensor.dtype, tensor.device, group)
         bucket, held = last.get(key, ([], 0))
-        if not bucket or held + tensor.numel() > BUCKET:
+        if not bucket or held + sizes[number] > BUCKET:
             bucket, held = [], 0
             made.append(bucket)
         bucket.append(number)
-        last[key] = bucket, held + tensor.numel()
+        last[key] = bucket, held + sizes[number]
     return made
 
 
@@ -363,7 +371,7 @@ def broadcast(tensors: Sequence[Tensor], source: int, group: Any = None) -> None
         source: Number of the process in the default group.
         group: Processes that take part; None: all.
     """
-    for numbers in _buckets([(tensor, None) for tensor in tensors]):
+    for numbers in _buckets([(tensor, None) for tensor in tensors], [tensor.numel() for tensor in tensors]):
         several = [tensors[number] for number in numbers]
         if len(several) == 1 and several[0].is_contiguous():
             dist.broadcast(several[0], src=source, group=group)
@@ -374,10 +382,62 @@ def broadcast(tensors: Sequence[Tensor], source: int, group: Any = None) -> None
             tensor.copy_(part.view(tensor.shape))
 
 
-def fair_owners(sizes: Sequence[int], num: int) -> list[int]:
-    """For each thing of a size, which of ``num`` processes takes it: the largest first, to whoever has least."""
-    loads, owners = [0] * num, [0] * len(sizes)
-    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        owners[number] = min(range(num), key=loads.__getitem__)
-        loads[owners[number]] += sizes[number]
-    return owners
+# A whole model, and the processes that train it.
+
+
+def shard_model(
+    model: nn.Module, blocks: Sequence[nn.Module], *, device: torch.device, shard_size: int | None = None
+) -> None:
+    """Spread a model's parameters over all processes by FSDP2: those of each block together, then all others.
+
+    Its weights must be the same in all processes. Parameters are replaced: put hooks and optimizers on afterwards. A
+    process that is alone makes a group of one, which ``disconnect`` ends.
+
+    Args:
+        model: On any device; what a process keeps of it lies on ``device`` afterwards.
+        blocks: Its layers, gathered one at a time by a forward and a backward pass.
+        device: Of this process.
+        shard_size: Processes that one copy of the model is spread over, the others repeat it (HSDP); None: all.
+
+    Raises:
+        UnsupportedError: If the parameters that train in one block are of several data types.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():
+        backend = dist.get_default_backend_for_device(device.type)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    size = shard_size or dist.get_world_size()
+    copies = dist.get_world_size() // size
+    shape, names = ((size,), ("shard",)) if copies == 1 else ((copies, size), ("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    inside: set[nn.Parameter] = set()
+    for module in (*blocks, model):
+        own = [parameter for parameter in module.parameters() if parameter not in inside]
+        if len(dtypes := {parameter.dtype for parameter in own if parameter.requires_grad}) > 1:
+            raise UnsupportedError(
+                f"FSDP2 gathers what trains in a {type(module).__name__} at once, and it is of several data types: "
+                f"{', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}. Give all of them one, or "
+                "train under DDP."
+            )
+        fully_shard(module, mesh=mesh)
+        inside.update(module.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what the last forward pass has gathered of a model that FSDP2 has spread; it would go stale."""
+    sharded: Any = model
+    sharded.reshard()
+
+
+def disconnect() -> None:
+    """Leave the group of processes, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_disconnection(error: BaseException) -> bool:
+    """Whether an error is that of a collective whose other processes are gone, or do not answer in time."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower())

@@ -177,10 +177,10 @@ def test_rotate(left: bool) -> None:
     total = second.sum()
     image = old @ first if left else first @ old.t()
     place = first.data_ptr()
-    subspace.rotate_(first, old, new, squared=False, left=left)
+    subspace.rotate_(first, old.t() @ new, squared=False, left=left)
     assert first.data_ptr() == place
     torch.testing.assert_close(new @ first if left else first @ new.t(), image, rtol=0, atol=1e-12)
-    subspace.rotate_(second, old, new, squared=True, left=left)
+    subspace.rotate_(second, old.t() @ new, squared=True, left=left)
     assert (second >= 0).all()
     torch.testing.assert_close(second.sum(), total)
 
@@ -191,10 +191,10 @@ def test_rotating_into_the_same_basis_changes_nothing(dtype: torch.dtype) -> Non
     both = subspace.random_basis(12, 6, seed=0)
     moment = torch.randn(9, 3).to(dtype)
     kept = moment.clone()
-    subspace.rotate_(moment, both[:, :3], both[:, :3], squared=False)
+    subspace.rotate_(moment, both[:, :3].t() @ both[:, :3], squared=False)
     assert moment.dtype == dtype
     torch.testing.assert_close(moment, kept, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-    subspace.rotate_(moment, both[:, :3], both[:, 3:], squared=False)
+    subspace.rotate_(moment, both[:, :3].t() @ both[:, 3:], squared=False)
     assert moment.float().norm() < 1e-5
 
 

@@ -30,6 +30,7 @@ from fullrank.methods.base import (
 )
 from fullrank.ops import lowrank, subspace
 from fullrank.projected import MatrixStep, ProjectedAdamW
+from fullrank.sharding import Routine
 
 
 class ApolloAdamW(ProjectedAdamW):
@@ -56,6 +57,7 @@ class ApolloAdamW(ProjectedAdamW):
         state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
             parameters keep their moments in their own dtype, as torch.optim.AdamW does.
         seed: Seed of random directions; use the same on every rank.
+        partition_states: Under DDP, let each process keep, refresh and step its share of the parameters.
 
     Raises:
         ConfigError: An option out of bounds, or a rank above the short side of a matrix.
@@ -83,6 +85,7 @@ class ApolloAdamW(ProjectedAdamW):
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
         seed: int = 0,
+        partition_states: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -105,16 +108,20 @@ class ApolloAdamW(ProjectedAdamW):
                 "state_dtype": state_dtype,
                 "seed": seed,
             },
+            partition_states=partition_states,
         )
 
-    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Scale the raw gradient: Algorithm 1 of the paper."""
         whole = group["scaling"] == "tensor" or matrix.basis_left is not None
-        low_norms = lowrank.norms(matrix.low, whole=whole)
-        factor = lowrank.norms(matrix.direction, whole=whole) / (low_norms + 1e-8)
+        low_norms, direction_norms = yield from matrix.low_norms(matrix.low, matrix.direction, whole=whole)
+        factor = direction_norms / (low_norms + 1e-8)
         if group["limiter_gamma"] is not None:
-            norm = torch.linalg.vector_norm(factor * lowrank.norms(matrix.grad, whole=whole))
-            factor = factor * self.limit_growth_(norm, matrix, state, group)
+            grad_norms_sq = yield from matrix.norms_sq(matrix.grad, whole=whole)
+            norm_sq = grad_norms_sq.mul_(factor).mul_(factor).sum()
+            norm_sq = norm_sq if whole else (yield from matrix.cut.total(norm_sq))
+            factor = factor * self.limit_growth_(norm_sq.sqrt_(), matrix, state, group)
+        factor = factor if whole else (yield from matrix.all_rows(factor))
         if matrix.keep != 1.0:
             matrix.weight.mul_(matrix.keep)
         step = matrix.step_size * matrix.keep * math.sqrt(group["alpha"])

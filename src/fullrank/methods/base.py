@@ -77,6 +77,8 @@ class ProjectionConfig(AdamConfig):
     """Spread the refreshes of the matrices over the gap, so that no step stands out."""
     state_dtype: Literal["float32", "bfloat16"] | None = "float32"
     """Data type of the low-rank moments; null: that of the weights, which plain ones always have."""
+    partition_states: bool = False
+    """Under DDP, let each process keep, refresh and step its share of the parameters and send on their weights."""
     lora_rank: int | None = None
     """Train LoRA's factors of this rank on the target layers instead of the weights, and project those; null: no."""
     lora_alpha: float = 64.0
@@ -142,4 +144,5 @@ def projection_options(config: ProjectionConfig) -> dict[str, Any]:
         "stagger_refresh": config.stagger_refresh,
         "state_dtype": config.state_dtype,
         "seed": config.seed,
+        "partition_states": config.partition_states,
     }

@@ -37,10 +37,11 @@ from fullrank.methods.base import (
 )
 from fullrank.ops import lowrank
 from fullrank.projected import MatrixStep, ProjectedAdamW, ProjectedOptimizer, ProjectedRMSprop
+from fullrank.sharding import Routine
 
 
 class _Fira(ProjectedOptimizer):
-    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Norm-based scaling, limiter and update, in the order of Algorithm 1."""
         whole = group["scaling"] == "matrix" or matrix.basis_left is not None
         on_update = group["alpha_on"] == "update"
@@ -48,20 +49,22 @@ class _Fira(ProjectedOptimizer):
         outside = group["alpha"] if on_update else 1.0  # what alpha makes of the residual's step
 
         # Norm-based scaling: s = |N| / |R|, and the squared norms of the residual E.
-        low_norms = lowrank.norms(matrix.low, whole=whole)
-        factor = lowrank.norms(matrix.direction, whole=whole) / (low_norms + 1e-8)
+        low_norms, direction_norms = yield from matrix.low_norms(matrix.low, matrix.direction, whole=whole)
+        factor = direction_norms / (low_norms + 1e-8)
         residual = None
-        if lowrank.uses_direct_residual(matrix.basis.shape[0], matrix.basis.shape[1]):
-            residual = matrix.grad - kept * lowrank.lift(matrix.low, matrix.basis, matrix.basis_left)
-            residual_sq = lowrank.norms(residual, whole=whole).square_()
+        if lowrank.uses_direct_residual(matrix.cut.num_columns, matrix.basis.shape[1]):
+            low = yield from matrix.all_rows(matrix.low)
+            residual = matrix.grad - kept * lowrank.lift(low, matrix.basis, matrix.basis_left)
+            residual_sq = yield from matrix.norms_sq(residual, whole=whole)
         else:
-            grad_norms = lowrank.norms(matrix.grad, whole=whole)
-            residual_sq = lowrank.residual_norms_sq(grad_norms, low_norms, kept=kept)
+            grad_norms_sq = yield from matrix.norms_sq(matrix.grad, whole=whole)
+            residual_sq = lowrank.residual_norms_sq(grad_norms_sq, low_norms, kept=kept)
 
         # Norm-growth limiter: the norm of S = s * E may grow by at most gamma per step.
         if group["limiter_gamma"] is not None:
-            norm = residual_sq.mul_(factor).mul_(factor).sum().sqrt_()
-            factor = factor * self.limit_growth_(norm, matrix, state, group)
+            norm_sq = residual_sq.mul_(factor).mul_(factor).sum()
+            norm_sq = norm_sq if whole else (yield from matrix.cut.total(norm_sq))
+            factor = factor * self.limit_growth_(norm_sq.sqrt_(), matrix, state, group)
 
         # W -= step * (alpha N Q^T + outside * S)
         scale = -matrix.step_size * matrix.keep
@@ -69,6 +72,8 @@ class _Fira(ProjectedOptimizer):
         if residual is None:
             low.addcmul_(factor, matrix.low, value=-kept * outside)
             residual = matrix.grad
+        low = yield from matrix.all_rows(low)
+        factor = factor if whole else (yield from matrix.all_rows(factor))
         lowrank.add_lifted_(matrix.weight, low, matrix.basis, matrix.basis_left, scale=scale, keep=matrix.keep)
         lowrank.add_scaled_(matrix.weight, residual, factor, scale=scale * outside)
 
@@ -111,6 +116,7 @@ class FiraAdamW(_Fira, ProjectedAdamW):
         state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
             parameters keep their moments in their own dtype, as torch.optim.AdamW does.
         seed: Seed of random directions; use the same on every rank.
+        partition_states: Under DDP, let each process keep, refresh and step its share of the parameters.
 
     Raises:
         ConfigError: An option out of bounds, or a rank above the short side of a matrix.
@@ -139,6 +145,7 @@ class FiraAdamW(_Fira, ProjectedAdamW):
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
         seed: int = 0,
+        partition_states: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -162,6 +169,7 @@ class FiraAdamW(_Fira, ProjectedAdamW):
                 "state_dtype": state_dtype,
                 "seed": seed,
             },
+            partition_states=partition_states,
         )
 
 
@@ -193,6 +201,7 @@ class FiraRMSprop(_Fira, ProjectedRMSprop):
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
         seed: int = 0,
+        partition_states: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -215,6 +224,7 @@ class FiraRMSprop(_Fira, ProjectedRMSprop):
                 "state_dtype": state_dtype,
                 "seed": seed,
             },
+            partition_states=partition_states,
         )
 
 

@@ -31,14 +31,16 @@ from fullrank.methods.base import (
 )
 from fullrank.ops import lowrank
 from fullrank.projected import MatrixStep, ProjectedAdamW, ProjectedOptimizer, ProjectedRMSprop
+from fullrank.sharding import Routine
 
 
 class _GaLore(ProjectedOptimizer):
-    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Lift the direction and add it: Algorithm 2 of the paper."""
+        direction = yield from matrix.all_rows(matrix.direction)
         lowrank.add_lifted_(
             matrix.weight,
-            matrix.direction,
+            direction,
             matrix.basis,
             matrix.basis_left,
             scale=-matrix.step_size * group["alpha"] * matrix.keep,
@@ -67,6 +69,7 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
         state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
             parameters keep their moments in their own dtype, as torch.optim.AdamW does.
         seed: Seed of random directions; use the same on every rank.
+        partition_states: Under DDP, let each process keep, refresh and step its share of the parameters.
 
     Raises:
         ConfigError: An option out of bounds, or a rank above the short side of a matrix.
@@ -91,6 +94,7 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
         seed: int = 0,
+        partition_states: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -110,6 +114,7 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
                 "state_dtype": state_dtype,
                 "seed": seed,
             },
+            partition_states=partition_states,
         )
 
 
@@ -137,6 +142,7 @@ class GaLoreRMSprop(_GaLore, ProjectedRMSprop):
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
         seed: int = 0,
+        partition_states: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -155,6 +161,7 @@ class GaLoreRMSprop(_GaLore, ProjectedRMSprop):
                 "state_dtype": state_dtype,
                 "seed": seed,
             },
+            partition_states=partition_states,
         )
 
 

@@ -42,10 +42,10 @@ def norms(matrix_MN: Tensor, *, whole: bool = False) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=0, keepdim=True) if whole else rows
 
 
-def residual_norms_sq(grad_norms: Tensor, low_norms: Tensor, *, kept: float) -> Tensor:
-    """Squared norms of E = G - kept * R Q^T from the norms of G and of R, by row or whole alike; at least 0."""
+def residual_norms_sq(grad_norms_sq: Tensor, low_norms: Tensor, *, kept: float) -> Tensor:
+    """Squared norms of E = G - kept * R Q^T from those of G and the norms of R, by row or whole alike; at least 0."""
     removed = 2.0 * kept - kept * kept
-    return torch.addcmul(grad_norms.square(), low_norms, low_norms, value=-removed).clamp_(min=0.0)
+    return torch.addcmul(grad_norms_sq, low_norms, low_norms, value=-removed).clamp_(min=0.0)
 
 
 def lift(low: Tensor, basis_Nr: Tensor, basis_left_Mr: Tensor | None = None) -> Tensor:

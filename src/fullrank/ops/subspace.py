@@ -23,7 +23,7 @@ FIRST_POWER_ITERATIONS = 3
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """A weight or gradient as a matrix: first dimension x the rest. A view wherever strides allow."""
-    return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0], -1)
+    return tensor if tensor.ndim == 2 else tensor.flatten(1)
 
 
 def projects_rows(shape: tuple[int, int], proj_type: str) -> bool:
@@ -64,17 +64,39 @@ def power_basis(grad_MN: Tensor, start_Nr: Tensor, *, iterations: int = 1) -> Te
     One iteration costs two products with the gradient and one thin QR. Started at the last basis it
     follows a slowly turning subspace and averages over the gradients of several refreshes.
     """
-    if grad_MN.dtype == torch.float16:
-        grad_MN = grad_MN.float()  # its range holds neither the squares of small gradients nor those of large ones
     basis_Nr = start_Nr
     for _ in range(iterations):
-        image_Mr = grad_MN @ basis_Nr.to(grad_MN.dtype)
-        # Only directions matter: scaled to 1, the second product cannot overflow or vanish before the gradient does.
-        image_Mr = image_Mr / image_Mr.abs().amax().clamp_min(torch.finfo(image_Mr.dtype).tiny)
-        square_Nr = _in_working_dtype(grad_MN.t() @ image_Mr)
-        largest = square_Nr.abs().amax().clamp_min(torch.finfo(square_Nr.dtype).tiny)
-        basis_Nr = torch.linalg.qr(square_Nr / largest)[0]
-    return basis_Nr.contiguous()
+        image_Mr = power_image(grad_MN, basis_Nr)
+        basis_Nr = orthonormal(power_square(grad_MN, image_Mr, largest(image_Mr)))
+    return basis_Nr
+
+
+def power_image(grad_MN: Tensor, basis_Nr: Tensor) -> Tensor:
+    """G Q (M x r), the first half of a power iteration, in the gradient's dtype (float32 for float16)."""
+    grad_MN = _in_power_dtype(grad_MN)
+    return grad_MN @ basis_Nr.to(grad_MN.dtype)
+
+
+def power_square(grad_MN: Tensor, image_Mr: Tensor, size: Tensor) -> Tensor:
+    """G^T (image / size) (N x r, float32 at least), the second half; ``size`` is the image's largest entry.
+
+    Only directions matter: scaled to 1, the product cannot overflow or vanish before the gradient does.
+    """
+    grad_MN = _in_power_dtype(grad_MN)
+    scaled_Mr = (image_Mr / size.clamp_min(torch.finfo(image_Mr.dtype).tiny)).to(grad_MN.dtype)
+    return _in_working_dtype(grad_MN.t() @ scaled_Mr)
+
+
+def orthonormal(square_Nr: Tensor) -> Tensor:
+    """An orthonormal basis of these columns (N x r), scaled to 1 first."""
+    size = largest(square_Nr).clamp_min(torch.finfo(square_Nr.dtype).tiny)
+    q: Tensor = torch.linalg.qr(square_Nr / size)[0]
+    return q.contiguous()
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest absolute value (0-d); 0 of an empty tensor."""
+    return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
 
 
 def random_basis(
@@ -101,14 +123,14 @@ def project(grad_MN: Tensor, basis_Nr: Tensor, basis_left_Mr: Tensor | None = No
     return _in_working_dtype(low_Mr)
 
 
-def rotate_(moment: Tensor, old: Tensor, new: Tensor, *, squared: bool, left: bool = False) -> None:
-    """Carry a moment from the old basis into the new one, in place.
+def rotate_(moment: Tensor, turn_rr: Tensor, *, squared: bool, left: bool = False) -> None:
+    """Carry a moment from an old basis into a new one, in place.
 
-    With T = Q_old^T Q_new a first moment becomes m T (T^T m for a left basis). A second moment is a
+    With T = Q_old^T Q_new (``turn_rr``) a first moment becomes m T (T^T m for a left basis). A second moment is a
     variance per coordinate: with the old coordinates taken as uncorrelated it becomes v (T * T), which
     stays non-negative (the projection-aware update of LDAdam, arXiv:2410.16103, without cross terms).
     """
-    turn_rr = (old.t() @ new).to(moment.dtype)
+    turn_rr = turn_rr.to(moment.dtype)
     if squared:
         turn_rr = turn_rr.square()
     moment.copy_(turn_rr.t() @ moment if left else moment @ turn_rr)
@@ -129,6 +151,11 @@ def mix_seed(*numbers: int) -> int:
     for number in numbers:
         seed = (seed * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
     return seed
+
+
+def _in_power_dtype(tensor: Tensor) -> Tensor:
+    """float32 for float16, whose range holds neither the squares of small gradients nor those of large ones."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _in_working_dtype(tensor: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Under DDP, each process keeps the optimizer's state of its share of the parameters: stage 1 of ZeRO.
+
+A parameter has an owner, which refreshes its basis, steps it and sends the weight to the others. State and work fall
+with the number of processes, and what is sent grows by the weights once a step (arXiv:1910.02054, section 5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import UnsupportedError
+from fullrank.sharding import broadcast, num_processes, process_number
+
+State = dict[str, Any]
+
+
+class Partition:
+    """Who keeps the state of which parameter."""
+
+    def __init__(self) -> None:
+        self.num = num_processes()
+        self.me = process_number()
+        self.owners: dict[Tensor, int] = {}
+        self._loads = [0] * self.num
+        self._gathered: dict[Tensor, State] | None = None
+
+    def include(self, sizes: Mapping[Tensor, int]) -> None:
+        """Give an owner to those of these parameters that have none, by numbers of state, in the same order everywhere.
+
+        The largest go first, each to the process that has least.
+        """
+        fresh = [parameter for parameter in sizes if parameter not in self.owners]
+        for parameter in sorted(fresh, key=lambda p: -sizes[p]):
+            owner = min(range(self.num), key=self._loads.__getitem__)
+            self.owners[parameter] = owner
+            self._loads[owner] += sizes[parameter]
+
+    def is_mine(self, parameter: Tensor) -> bool:
+        """Whether this process keeps its state."""
+        return self.owners[parameter] == self.me
+
+    def share_(self) -> None:
+        """After a step: every process takes the stepped weights from their owners."""
+        self.forget()
+        for process in range(self.num):
+            stepped = [p for p, owner in self.owners.items() if owner == process and p.grad is not None]
+            broadcast([parameter.detach() for parameter in stepped], process)
+
+    def gather_(self, state: Mapping[Tensor, State], specs: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Bring all states together in the first process, on the host, a parameter at a time.
+
+        Args:
+            state: This process's states.
+            specs: Key -> shape and dtype of the state of each parameter.
+        """
+        self._gathered = {}
+        for parameter, owner in self.owners.items():
+            held = state.get(parameter) or {}
+            known = torch.tensor([float(bool(held))], device=parameter.device)
+            broadcast([known], owner)
+            if not known.item() or owner == 0:
+                continue
+            tensors = {
+                key: held[key].to(parameter.device)
+                if held
+                else torch.empty(shape, dtype=dtype, device=parameter.device)
+                for key, (shape, dtype) in specs[parameter].items()
+            }
+            broadcast(list(tensors.values()), owner)
+            if self.me == 0:
+                self._gathered[parameter] = {key: tensor.cpu() for key, tensor in tensors.items()}
+
+    def forget(self) -> None:
+        """Drop what was gathered: it is of another step."""
+        self._gathered = None
+
+    @contextmanager
+    def whole_state(self, state: MutableMapping[Tensor, State]) -> Iterator[None]:
+        """For a time, the state of the first process with those that it has gathered.
+
+        Raises:
+            UnsupportedError: In another process, or if none were gathered since the last step.
+        """
+        if self._gathered is None or self.me != 0:
+            raise UnsupportedError(
+                f"the optimizer's state is partitioned over {self.num} processes. Call "
+                "optimizer.consolidate_state_dict() in all of them, then state_dict() in the first."
+            )
+        state.update(self._gathered)
+        try:
+            yield
+        finally:
+            for parameter in self._gathered:
+                del state[parameter]

@@ -1,0 +1,104 @@
+"""One matrix at one step, whole or a process's part of it, and the sums that a method may ask for.
+
+Shape legend as in ``ops.subspace``: an oriented matrix has M rows and N columns, of which the columns are projected,
+R = G Q (M x r). A matrix that is spread over P processes is cut along one of the two:
+
+    rows      G (M/P x N), Q whole.           R, its moments and all norms of rows stay with the rows.
+    columns   G (M x N/P), Q (N/P x r).       R is a sum: each process keeps M/P rows of it, with the moments.
+
+So "own rows" are M/P of the matrix in both, and M where it is whole. No process ever sees G whole; what is sent has a
+side of length r or 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fullrank.ops import lowrank, subspace
+from fullrank.sharding import Asking, Request, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How an oriented matrix is spread: ``side`` is rows or columns, or None where this process has all of it."""
+
+    split: Split | None
+    side: str | None
+    num_rows: int
+    """M of the whole matrix."""
+    num_columns: int
+    """N of the whole matrix."""
+
+    @classmethod
+    def of(cls, parameter: Tensor, split: Split | None, proj_type: str) -> Cut:
+        """The cut of a parameter, seen as a matrix (first dimension x the rest) and oriented by ``proj_type``."""
+        rows, columns = parameter.shape[0], parameter.shape[1:].numel()
+        transposed = subspace.projects_rows((rows, columns), proj_type)
+        if transposed:
+            rows, columns = columns, rows
+        if split is None or split.dim is None or split.num == 1:
+            return cls(split, None, rows, columns)
+        return cls(split, "columns" if (split.dim == 0) == transposed else "rows", rows, columns)
+
+    def flipped(self) -> Cut:
+        """The cut of the transposed matrix."""
+        other = {"rows": "columns", "columns": "rows", None: None}[self.side]
+        return Cut(self.split, other, self.num_columns, self.num_rows)
+
+    def own_columns(self, whole_Nr: Tensor) -> Tensor:
+        """Of something with a row for each column, those of this process's columns."""
+        return self.split.rows(whole_Nr) if self.side == "columns" and self.split is not None else whole_Nr
+
+    def total(self, part: Tensor) -> Asking:
+        """The sum over all processes' parts."""
+        if self.side is None:
+            return part
+        return (yield Request("sum", part))
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixStep:
+    """One matrix at one step, oriented with its projected side last; this process's part of it, if it is cut."""
+
+    weight: Tensor
+    """W, a view of the parameter, or a copy that is written back."""
+    grad: Tensor
+    """G, of the same shape, read only."""
+    low: Tensor
+    """R = G Q (own rows x r), or P^T G Q (r x r), the same in all processes."""
+    direction: Tensor
+    """The adaptive direction of R, same shape."""
+    basis: Tensor
+    """Q (N x r), or those of its rows that belong to this process's columns."""
+    basis_left: Tensor | None
+    """P (M x r) of proj_type "full", or this process's rows of it."""
+    step_size: float
+    """Learning rate with Adam's bias corrections."""
+    keep: float
+    """1 - lr * weight_decay, the factor that decoupled decay leaves of the updated weight."""
+    cut: Cut
+
+    def low_norms(self, *lows: Tensor, whole: bool) -> Asking:
+        """Norms of tensors shaped like R, stacked: of each own row (K x own rows x 1), or whole (K x 1 x 1)."""
+        norms = torch.stack([lowrank.norms(low, whole=whole) for low in lows])
+        if not whole or self.cut.side is None or self.basis_left is not None:
+            return norms
+        return (yield from self.cut.total(norms.square())).sqrt()
+
+    def norms_sq(self, matrix: Tensor, *, whole: bool) -> Asking:
+        """Squared norms of a matrix cut like G: of each own row (own rows x 1), or whole (1 x 1)."""
+        norms_sq = lowrank.norms(matrix, whole=whole).square()
+        if whole:
+            return (yield from self.cut.total(norms_sq))
+        if self.cut.side == "columns":
+            return (yield Request("to_rows", norms_sq))
+        return norms_sq
+
+    def all_rows(self, own: Tensor) -> Asking:
+        """What own rows have (own rows x ...), for every row of ``grad``; of proj_type "full" there is but one R."""
+        if self.cut.side != "columns" or self.basis_left is not None:
+            return own
+        return (yield Request("all_rows", own, num_rows=self.cut.num_rows))

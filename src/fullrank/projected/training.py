@@ -1,0 +1,284 @@
+"""The base of GaLore's, Fira's and APOLLO's optimizers: projected groups, their state, refreshing the basis.
+
+A group with a ``rank`` is projected: a weight of two or more dimensions, seen as a matrix, gets its
+moments in a subspace of rank r. Any other parameter takes plain AdamW (or RMSprop). For an m x n
+matrix, m >= n, the state is a basis (n x r) and the moments (m x r each).
+
+A sharded parameter (FSDP2) is stepped on its shards, all of them together, so that what the processes have to
+tell each other goes in a few collectives a step, however many matrices there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.ops import lowrank, subspace
+from fullrank.optimizer import MethodOptimizer, StateSpec
+from fullrank.params import rank_problems
+from fullrank.projected.basis import new_basis
+from fullrank.projected.matrix import Cut, MatrixStep
+from fullrank.projected.options import STATE_DTYPES, dtype_name, is_projected, projection_problems
+from fullrank.sharding import Asking, Request, Routine, Split, gradient_of, local, run_alone, run_together, split_of
+
+logger = logging.getLogger(__name__)
+
+WAVE = 1 << 25
+"""Numbers that the low-rank gradients of sharded matrices which are stepped together hold, at most."""
+
+
+class ProjectedOptimizer(MethodOptimizer):
+    """Projects the gradients of groups with a ``rank``; subclasses say what becomes of them."""
+
+    structural = ("method", "rank", "proj_type", "state_dtype")
+
+    moments: Sequence[str]
+    """State keys of the low-rank (or plain) moments, in the order of ``direction_``."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, partition_states: bool = False) -> None:
+        defaults = defaults | {"state_dtype": dtype_name(defaults["state_dtype"])}
+        super().__init__(params, defaults, partition_states=partition_states)
+        if all(group["rank"] is None for group in self.param_groups):
+            warnings.warn(
+                f"no parameter group has a rank, so {type(self).__name__} runs as a plain adaptive optimizer. "
+                "Make the groups with fullrank.divide_params(model, target_modules_list=[...], rank=...).",
+                stacklevel=3,
+            )
+        logger.info("%s", self.describe())
+
+    @abstractmethod
+    def direction_(self, low: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """Update the moments with R in place and return the adaptive direction."""
+
+    @abstractmethod
+    def step_size(self, group: dict[str, Any], step: int) -> float:
+        """The step length at optimizer step ``step``, 1 at the first."""
+
+    @abstractmethod
+    def plain_(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        step: int,
+    ) -> None:
+        """The unprojected update of weights that are all at the same step, or of this process's parts of them."""
+
+    @abstractmethod
+    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
+        """The method: change ``matrix.weight`` in place, asking for what other processes hold of a cut matrix."""
+
+    def option_problems(self, group: dict[str, Any]) -> list[str]:
+        """What is wrong with the options of a group, one sentence each."""
+        problems = super().option_problems(group)
+        if group["rank"] is None:
+            return problems
+        problems += projection_problems(group)
+        for name, parameter, owner in self.named(trainable=False):
+            if owner is group and parameter.ndim >= 2:
+                problems += rank_problems(group["rank"], tuple(parameter.shape), name)
+        return problems
+
+    def random_basis(self, size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
+        """The basis of ``basis="random"``."""
+        return _orthonormal(size, rank, seed=seed, like=like)
+
+    def limit_growth_(
+        self, norm: Tensor, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> Tensor:
+        """Fira's norm-growth limiter on an update of this norm: the factor, its memory updated in place."""
+        floor = group["limiter_floor"] * math.sqrt(matrix.cut.num_rows * matrix.cut.num_columns)
+        return lowrank.limit_growth_(norm, state["limiter_norm"], gamma=group["limiter_gamma"], floor=floor)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; checks the options of a projected one and takes ``scale`` as GaLore's name of alpha."""
+        param_group = dict(param_group)
+        if "scale" in param_group:
+            if "alpha" in param_group:
+                raise ConfigError("a parameter group has both alpha and scale, two names of one option. Keep alpha.")
+            param_group["alpha"] = param_group.pop("scale")
+        if "state_dtype" in param_group:
+            param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
+        super().add_param_group(param_group)
+
+    def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
+        """Low-rank moments in ``state_dtype``, basis and limiter in float32 (float64 for float64 weights).
+
+        A plain parameter's moments have its own dtype, as in ``torch.optim.AdamW``, but for float16:
+        squares of gradients vanish there, so they are float32.
+        """
+        spec: StateSpec = {"step": ((), torch.float32)}
+        if not is_projected(parameter, group):
+            plain = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+            return spec | dict.fromkeys(self.moments, (tuple(parameter.shape), plain))
+        working = torch.promote_types(parameter.dtype, torch.float32)
+        moment = parameter.dtype if group["state_dtype"] is None else STATE_DTYPES[group["state_dtype"]]
+        if parameter.dtype == torch.float64:
+            moment = torch.float64
+        rank = group["rank"]
+        rows, columns = parameter.shape[0], parameter.shape[1:].numel()
+        if subspace.projects_rows((rows, columns), group["proj_type"]):
+            rows, columns = columns, rows
+        low = (rank if group["proj_type"] == "full" else rows, rank)
+        spec["basis"] = ((columns, rank), working)
+        if group["proj_type"] == "full":
+            spec["basis_left"] = ((rows, rank), working)
+        if group.get("limiter_gamma") is not None:
+            spec["limiter_norm"] = ((), working)
+        return spec | dict.fromkeys(self.moments, (low, moment))
+
+    def state_layout(self, key: str, parameter: Tensor, group: dict[str, Any]) -> str:
+        """A basis lies with the side that it projects, the moments with own rows (see ``projected.matrix``)."""
+        if not is_projected(parameter, group):
+            return "like"
+        side = self._cut(parameter, group).side
+        if side is None or key == "limiter_norm":
+            return "whole"
+        if key in ("basis", "basis_left"):
+            return "rows" if (key == "basis") == (side == "columns") else "whole"
+        return "whole" if group["proj_type"] == "full" else "rows"
+
+    def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Raise UnsupportedError where a sharded matrix would have to be gathered: for an exact SVD."""
+        super().refuse_layout(parameter, group)
+        if is_projected(parameter, group) and group["basis"] == "svd" and self._cut(parameter, group).side:
+            raise UnsupportedError(
+                f"basis svd needs whole gradients, and {self.name_of(parameter)} {tuple(parameter.shape)} is sharded "
+                'over several processes. Use basis="power", which never gathers them, or DDP.'
+            )
+
+    def _cut(self, parameter: Tensor, group: dict[str, Any]) -> Cut:
+        return Cut.of(parameter, split_of(parameter), group["proj_type"])
+
+    def step_parameters(self) -> None:
+        """Whole matrices one by one, then the cut ones in waves; plain parameters together by step number."""
+        cut: list[tuple[Routine, Split, int]] = []
+        for number, group in enumerate(self.param_groups):
+            plain: dict[int, list[Tensor]] = defaultdict(list)
+            for index, parameter in enumerate(group["params"]):
+                if not self.steps_here(parameter):
+                    continue
+                if not is_projected(parameter, group):
+                    plain[int(self.state[parameter]["step"].add_(1))].append(parameter)
+                    continue
+                place = self._cut(parameter, group)
+                routine = self._step_matrix(parameter, group, place, seat=(number, index))
+                if place.side is None or place.split is None:
+                    run_alone(routine)
+                else:
+                    # the same number in all processes, whatever their parts: they must form the same waves
+                    size = -(-place.num_rows // place.split.num) * group["rank"]
+                    cut.append((routine, place.split, size))
+            for step, parameters in plain.items():
+                states = [{key: local(value) for key, value in self.state[p].items()} for p in parameters]
+                grads = [gradient_of(parameter) for parameter in parameters]
+                self.plain_(group, [local(parameter) for parameter in parameters], grads, states, step)
+        for wave in _waves(cut):
+            run_together(wave)
+
+    def _step_matrix(self, parameter: Tensor, group: dict[str, Any], cut: Cut, *, seat: tuple[int, int]) -> Routine:
+        """Refresh the basis if due, project, update the moments, and hand over to the method."""
+        state = {key: local(value) for key, value in self.state[parameter].items()}
+        own = local(parameter)
+        matrix = subspace.as_matrix(own)
+        shape = (parameter.shape[0], parameter.shape[1:].numel())
+        turned = subspace.projects_rows(shape, group["proj_type"])
+        weight, grad = (m.t() if turned else m for m in (matrix, subspace.as_matrix(gradient_of(parameter))))
+        done = int(state["step"])
+        if subspace.refresh_due(done, group["update_proj_gap"], index=seat[1] if group["stagger_refresh"] else 0):
+            yield from self._refresh_(state, grad, cut, group, seed=subspace.mix_seed(group["seed"], *seat, done))
+        low = yield from _projected(grad, state, cut)
+        direction = self.direction_(low.to(state[self.moments[0]].dtype), state, group).to(low.dtype)
+        step = int(state["step"].add_(1))
+        yield from self.update_(
+            MatrixStep(
+                weight=weight,
+                grad=grad,
+                low=low,
+                direction=direction,
+                basis=state["basis"],
+                basis_left=state.get("basis_left"),
+                step_size=self.step_size(group, step),
+                keep=1.0 - float(group["lr"]) * group["weight_decay"],
+                cut=cut,
+            ),
+            state,
+            group,
+        )
+        if matrix.data_ptr() != own.data_ptr():  # a layout that has no matrix view, such as channels_last
+            own.copy_(matrix.view(own.shape))
+
+    def _refresh_(
+        self, state: dict[str, Tensor], grad: Tensor, cut: Cut, group: dict[str, Any], *, seed: int
+    ) -> Routine:
+        """Replace the basis (both bases of "full") in place, and rotate the moments if asked."""
+        first = int(state["step"]) == 0
+        sides = {"basis": (grad, cut)}
+        if group["proj_type"] == "full":
+            sides["basis_left"] = (grad.t(), cut.flipped())
+        for number, (key, (side, side_cut)) in enumerate(sides.items()):
+            old = state[key]
+            draw = self.random_basis if group["basis"] == "random" else _orthonormal
+            drawn = partial(draw, seed=subspace.mix_seed(seed, number), like=old)
+            new = yield from new_basis(side, old, side_cut, group["basis"], first=first, draw=drawn)
+            if group["rotate_moments"] and not first:
+                turn = old.t() @ new
+                if side_cut.side == "columns":
+                    turn = yield from side_cut.total(turn)
+                for name in self.moments:
+                    subspace.rotate_(state[name], turn, squared=name != "exp_avg", left=key == "basis_left")
+            old.copy_(new)
+
+    def describe(self) -> str:
+        """One line: how many matrices are projected, their share, and bytes of state against AdamW's."""
+        trainable = list(self.named())
+        matrices = [(parameter, group) for _, parameter, group in trainable if is_projected(parameter, group)]
+        ranks = sorted({group["rank"] for _, group in matrices})
+        total = sum(parameter.numel() for _, parameter, _ in trainable)
+        share = sum(parameter.numel() for parameter, _ in matrices) / max(total, 1)
+        adamw = sum(2 * parameter.numel() * parameter.element_size() + 4 for _, parameter, _ in trainable)
+        shown = ", ".join(map(str, ranks)) or "none"
+        return (
+            f"{type(self).__name__}: {len(matrices)} matrices projected (rank {shown}), "
+            f"{share:.1%} of {total:,} parameters; {self.planned_state_bytes():,} bytes of optimizer state, "
+            f"AdamW {adamw:,}"
+        )
+
+
+def _projected(grad: Tensor, state: dict[str, Tensor], cut: Cut) -> Asking:
+    """R: own rows of G Q, or all of P^T G Q."""
+    low = subspace.project(grad, state["basis"], state.get("basis_left"))
+    if "basis_left" in state:
+        return (yield from cut.total(low))
+    if cut.side == "columns":
+        return (yield Request("to_rows", low))
+    return low
+
+
+def _orthonormal(size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
+    return subspace.random_basis(size, rank, seed=seed, device=like.device, dtype=like.dtype)
+
+
+def _waves(routines: list[tuple[Routine, Split, int]]) -> Iterator[list[tuple[Routine, Split]]]:
+    """Routines that run together, so that what all of them hold at a time stays within bounds."""
+    wave: list[tuple[Routine, Split]] = []
+    held = 0
+    for routine, split, size in routines:
+        if wave and held + size > WAVE:
+            yield wave
+            wave, held = [], 0
+        wave.append((routine, split))
+        held += size
+    if wave:
+        yield wave

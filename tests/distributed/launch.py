@@ -1,0 +1,91 @@
+"""Starts torchrun once for each number of processes, and reads what the cases found there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 400
+"""Seconds after which a launch is given up."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one process returned from a case."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Launcher:
+    """Runs the asked cases, when the first of their results is wanted.
+
+    Args:
+        folder: For results; several pytest processes share it, and the first one runs the cases.
+        asked: ``module:case`` for each number of processes.
+    """
+
+    def __init__(self, folder: Path, asked: dict[int, list[str]]) -> None:
+        self.folder = folder
+        self.asked = asked
+
+    def results(self, case: str, world: int) -> list[Outcome]:
+        """What each of ``world`` processes returned; fails the test with their tracebacks if one raised."""
+        for earlier in sorted(number for number in self.asked if number <= world):
+            self.launch(earlier)
+        folder = self.folder / f"world{world}" / case
+        read = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+        if errors := [f"process {rank}:\n{entry['error']}" for rank, entry in enumerate(read) if entry["error"]]:
+            pytest.fail("\n".join(errors), pytrace=False)
+        if len(read) < world:
+            pytest.fail(f"{case} ended in {len(read)} of {world} processes.\n{self.log(world)}", pytrace=False)
+        return [
+            Outcome(load_file(folder / f"{rank}.safetensors"), entry["values"]) for rank, entry in enumerate(read)
+        ]
+
+    def log(self, world: int) -> str:
+        """The end of what a launch wrote."""
+        return (self.folder / f"world{world}.log").read_text(encoding="utf-8")[-4000:]
+
+    def launch(self, world: int) -> None:
+        """Run all cases of this number of processes, once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"world{world}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            log = self.folder / f"world{world}.log"
+            if log.exists():
+                return
+            with log.open("wb") as output:
+                torchrun(world, "-m", "tests.distributed.worker", self.folder, *self.asked[world], output=output)
+
+
+def torchrun(world: int, *arguments: object, output: Any, limit: float = LIMIT) -> int:
+    """Run a program in so many processes of this machine; returns the exit status, of a killed one too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    running = subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return running.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        return running.wait()
