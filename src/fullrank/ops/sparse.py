@@ -1,10 +1,12 @@
 """Choosing units of a weight, and moving their entries in and out of it.
 
 A unit is what is chosen as a whole: one entry, one row, or one block of B x B entries. Units are
-numbered row by row over a grid; a set of them is a sorted tensor of numbers (int32 where they fit).
+numbered row by row over a grid; a set of them is a sorted tensor of numbers (int32 where they fit). Where the
+same number of entries is chosen in each row, they are kept as the sorted columns of each row (M x k).
 
     W   the weight, of any shape and memory layout (rows and blocks: M x N)
     U   number of chosen units,  K = U x entries of a unit: number of chosen entries
+    k   entries of each row, where all rows have the same number
 """
 
 from __future__ import annotations
@@ -26,6 +28,18 @@ class Layout:
     granularity: str = "entry"
     block_size: int = 1
     """Side of a block (entries)."""
+    per_row: bool = False
+    """Whether each row has the same number of chosen entries. An entry of a vector is a row of its own."""
+
+    @property
+    def rows(self) -> int:
+        """Size of the first dimension."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """Entries of a row: of all dimensions but the first."""
+        return math.prod(self.shape[1:])
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -44,12 +58,17 @@ class Layout:
     @property
     def unit_numel(self) -> int:
         """Entries of one unit."""
-        return math.prod(self.shape) // self.num_units
+        return 1 if self.granularity == "entry" else math.prod(self.shape) // self.num_units
 
     @property
     def index_dtype(self) -> torch.dtype:
-        """The smallest dtype that holds every unit's number."""
-        return torch.int32 if self.num_units <= torch.iinfo(torch.int32).max else torch.int64
+        """The smallest dtype that holds every number that units are kept by."""
+        return _smallest_dtype(self.num_places)
+
+    @property
+    def num_places(self) -> int:
+        """What the numbers that units are kept by are below: units of the weight, or columns of a row."""
+        return self.columns if self.per_row else self.num_units
 
 
 def unit_scores(scores: Tensor, layout: Layout) -> Tensor:
@@ -65,6 +84,19 @@ def unit_scores(scores: Tensor, layout: Layout) -> Tensor:
 def top_units(scores: Tensor, num: int) -> Tensor:
     """Numbers of the ``num`` highest scores, sorted (U, int64)."""
     return scores.topk(num, sorted=False).indices.sort().values
+
+
+def top_of_rows(scores: Tensor, num: int, layout: Layout) -> Tensor:
+    """Columns of the ``num`` highest scores (flat) of each row, sorted (M x ``num``, int64)."""
+    return scores.view(layout.rows, layout.columns).topk(num, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def flat_units(kept: Tensor, layout: Layout) -> Tensor:
+    """Sorted numbers of the units (U) from what they are kept by: these numbers, or the columns of each row."""
+    if not layout.per_row:
+        return kept
+    numbers = torch.arange(len(kept), dtype=_smallest_dtype(layout.num_units), device=kept.device)
+    return (numbers[:, None] * layout.columns + kept).view(-1)
 
 
 def top_of_all(scores: list[Tensor], num: int) -> list[Tensor]:
@@ -120,6 +152,10 @@ def block_places(units: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Row and column (U each, int64) of numbered blocks in a grid with so many columns."""
     numbers = units.long()
     return numbers // columns, numbers % columns
+
+
+def _smallest_dtype(num: int) -> torch.dtype:
+    return torch.int32 if num <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _tiles(tensor: Tensor, layout: Layout) -> Tensor:

@@ -25,7 +25,7 @@ def new_basis(grad: Tensor, old: Tensor, cut: Cut, kind: str, *, first: bool, dr
 
     Args:
         grad: G (M x N), or a process's part.
-        old: The last basis (N x r), or the rows of it that belong to this process's columns.
+        old: The last basis (N x r), or the rows of it that belong to this process's columns; only power reads it.
         cut: How G is spread.
         kind: svd (whole matrices only), power, or random.
         first: Whether there was no basis yet.
@@ -36,10 +36,10 @@ def new_basis(grad: Tensor, old: Tensor, cut: Cut, kind: str, *, first: bool, dr
         assert cut.side is None
         return subspace.svd_basis(grad, rank)
     if kind == "random":
-        return cut.own_columns(draw(cut.num_columns, rank))
+        return cut.in_columns(draw(cut.num_columns, rank))
     if not first:
         return (yield from power_basis(grad, old, cut, iterations=1))
-    start = cut.own_columns(draw(cut.num_columns, rank))
+    start = cut.in_columns(draw(cut.num_columns, rank))
     return (yield from power_basis(grad, start, cut, iterations=subspace.FIRST_POWER_ITERATIONS))
 
 
@@ -58,5 +58,5 @@ def power_basis(grad: Tensor, start: Tensor, cut: Cut, *, iterations: int) -> As
         else:
             size = yield Request("max", subspace.largest(image))
             square = yield Request("sum", subspace.power_square(grad, image, size))
-        basis = cut.own_columns(subspace.orthonormal(square))
+        basis = cut.in_columns(subspace.orthonormal(square))
     return basis

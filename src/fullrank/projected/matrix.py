@@ -3,11 +3,11 @@
 Shape legend as in ``ops.subspace``: an oriented matrix has M rows and N columns, of which the columns are projected,
 R = G Q (M x r). A matrix that is spread over P processes is cut along one of the two:
 
-    rows      G (M/P x N), Q whole.           R, its moments and all norms of rows stay with the rows.
-    columns   G (M x N/P), Q (N/P x r).       R is a sum: each process keeps M/P rows of it, with the moments.
+    rows      G (M/P x N).   R, its moments and all norms of rows stay with the rows. Q is joined for a step.
+    columns   G (M x N/P).   R is a sum: each process keeps M/P rows of it, with the moments. Q stays with the columns.
 
-So "own rows" are M/P of the matrix in both, and M where it is whole. No process ever sees G whole; what is sent has a
-side of length r or 1.
+So "own rows" are M/P of the matrix in both, and M where it is whole; of Q each process keeps N/P rows. No process
+ever sees G whole; what is sent has a side of length r or 1.
 """
 
 from __future__ import annotations
@@ -48,9 +48,19 @@ class Cut:
         other = {"rows": "columns", "columns": "rows", None: None}[self.side]
         return Cut(self.split, other, self.num_columns, self.num_rows)
 
-    def own_columns(self, whole_Nr: Tensor) -> Tensor:
+    def in_reach(self, own_Nr: Tensor) -> Asking:
+        """Of something with a row for each column, what this process's columns need, from the rows that it keeps."""
+        if self.side != "rows":
+            return own_Nr
+        return (yield Request("all_rows", own_Nr, num_rows=self.num_columns))
+
+    def in_columns(self, whole_Nr: Tensor) -> Tensor:
         """Of something with a row for each column, those of this process's columns."""
         return self.split.rows(whole_Nr) if self.side == "columns" and self.split is not None else whole_Nr
+
+    def kept(self, reach_Nr: Tensor) -> Tensor:
+        """What of ``in_reach`` this process keeps."""
+        return self.split.rows(reach_Nr) if self.side == "rows" and self.split is not None else reach_Nr
 
     def total(self, part: Tensor) -> Asking:
         """The sum over all processes' parts."""
@@ -74,7 +84,7 @@ class MatrixStep:
     basis: Tensor
     """Q (N x r), or those of its rows that belong to this process's columns."""
     basis_left: Tensor | None
-    """P (M x r) of proj_type "full", or this process's rows of it."""
+    """P (M x r) of proj_type "full", or those of its rows that belong to this process's rows."""
     step_size: float
     """Learning rate with Adam's bias corrections."""
     keep: float

@@ -15,7 +15,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from fullrank.sharding import Asking, Request, Routine, Split, gradient_of, loca
 logger = logging.getLogger(__name__)
 
 WAVE = 1 << 25
-"""Numbers that the low-rank gradients of sharded matrices which are stepped together hold, at most."""
+"""Numbers that low-rank gradients and joined bases of the sharded matrices that are stepped together hold, at most."""
 
 
 class ProjectedOptimizer(MethodOptimizer):
@@ -139,15 +139,12 @@ class ProjectedOptimizer(MethodOptimizer):
         return spec | dict.fromkeys(self.moments, (low, moment))
 
     def state_layout(self, key: str, parameter: Tensor, group: dict[str, Any]) -> str:
-        """A basis lies with the side that it projects, the moments with own rows (see ``projected.matrix``)."""
+        """Of bases and moments each process keeps its share of rows; those of "full" are r x r, and whole."""
         if not is_projected(parameter, group):
             return "like"
-        side = self._cut(parameter, group).side
-        if side is None or key == "limiter_norm":
+        if self._cut(parameter, group).side is None or key == "limiter_norm":
             return "whole"
-        if key in ("basis", "basis_left"):
-            return "rows" if (key == "basis") == (side == "columns") else "whole"
-        return "whole" if group["proj_type"] == "full" else "rows"
+        return "whole" if key in self.moments and group["proj_type"] == "full" else "rows"
 
     def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Raise UnsupportedError where a sharded matrix would have to be gathered: for an exact SVD."""
@@ -178,7 +175,7 @@ class ProjectedOptimizer(MethodOptimizer):
                     run_alone(routine)
                 else:
                     # the same number in all processes, whatever their parts: they must form the same waves
-                    size = -(-place.num_rows // place.split.num) * group["rank"]
+                    size = (-(-place.num_rows // place.split.num) + place.num_columns) * group["rank"]
                     cut.append((routine, place.split, size))
             for step, parameters in plain.items():
                 states = [{key: local(value) for key, value in self.state[p].items()} for p in parameters]
@@ -196,9 +193,10 @@ class ProjectedOptimizer(MethodOptimizer):
         turned = subspace.projects_rows(shape, group["proj_type"])
         weight, grad = (m.t() if turned else m for m in (matrix, subspace.as_matrix(gradient_of(parameter))))
         done = int(state["step"])
-        if subspace.refresh_due(done, group["update_proj_gap"], index=seat[1] if group["stagger_refresh"] else 0):
-            yield from self._refresh_(state, grad, cut, group, seed=subspace.mix_seed(group["seed"], *seat, done))
-        low = yield from _projected(grad, state, cut)
+        due = subspace.refresh_due(done, group["update_proj_gap"], index=seat[1] if group["stagger_refresh"] else 0)
+        seed = subspace.mix_seed(group["seed"], *seat, done) if due else None
+        bases = yield from self._bases(state, grad, cut, group, seed=seed)
+        low = yield from _projected(grad, *bases, cut)
         direction = self.direction_(low.to(state[self.moments[0]].dtype), state, group).to(low.dtype)
         step = int(state["step"].add_(1))
         yield from self.update_(
@@ -207,8 +205,8 @@ class ProjectedOptimizer(MethodOptimizer):
                 grad=grad,
                 low=low,
                 direction=direction,
-                basis=state["basis"],
-                basis_left=state.get("basis_left"),
+                basis=bases[0],
+                basis_left=bases[1],
                 step_size=self.step_size(group, step),
                 keep=1.0 - float(group["lr"]) * group["weight_decay"],
                 cut=cut,
@@ -219,26 +217,45 @@ class ProjectedOptimizer(MethodOptimizer):
         if matrix.data_ptr() != own.data_ptr():  # a layout that has no matrix view, such as channels_last
             own.copy_(matrix.view(own.shape))
 
-    def _refresh_(
-        self, state: dict[str, Tensor], grad: Tensor, cut: Cut, group: dict[str, Any], *, seed: int
-    ) -> Routine:
-        """Replace the basis (both bases of "full") in place, and rotate the moments if asked."""
-        first = int(state["step"]) == 0
+    def _bases(
+        self, state: dict[str, Tensor], grad: Tensor, cut: Cut, group: dict[str, Any], *, seed: int | None
+    ) -> Generator[Request, Tensor, tuple[Tensor, Tensor | None]]:
+        """The basis (and the left one of "full") as this process's part needs them, renewed where there is a seed."""
         sides = {"basis": (grad, cut)}
         if group["proj_type"] == "full":
             sides["basis_left"] = (grad.t(), cut.flipped())
+        found: list[Tensor | None] = []
         for number, (key, (side, side_cut)) in enumerate(sides.items()):
-            old = state[key]
-            draw = self.random_basis if group["basis"] == "random" else _orthonormal
-            drawn = partial(draw, seed=subspace.mix_seed(seed, number), like=old)
-            new = yield from new_basis(side, old, side_cut, group["basis"], first=first, draw=drawn)
-            if group["rotate_moments"] and not first:
-                turn = old.t() @ new
-                if side_cut.side == "columns":
-                    turn = yield from side_cut.total(turn)
-                for name in self.moments:
-                    subspace.rotate_(state[name], turn, squared=name != "exp_avg", left=key == "basis_left")
-            old.copy_(new)
+            if seed is not None:
+                mixed = subspace.mix_seed(seed, number)
+                found.append((yield from self._renewed(key, state, side, side_cut, group, seed=mixed)))
+                continue
+            basis = state[key]
+            if side_cut.side == "rows" and not lowrank.uses_direct_residual(side_cut.num_columns, group["rank"]):
+                basis = basis.to(grad.dtype)  # all products with the gradient are taken in its dtype: send no more
+            found.append((yield from side_cut.in_reach(basis)))
+        assert found[0] is not None
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _renewed(
+        self, key: str, state: dict[str, Tensor], grad: Tensor, cut: Cut, group: dict[str, Any], *, seed: int
+    ) -> Asking:
+        """Replace a basis in place, and rotate the moments if asked; returns it as this process's part needs it."""
+        first = int(state["step"]) == 0
+        old = state[key]
+        if not first and (group["rotate_moments"] or group["basis"] == "power"):
+            old = yield from cut.in_reach(old)
+        draw = self.random_basis if group["basis"] == "random" else _orthonormal
+        drawn = partial(draw, seed=seed, like=old)
+        new = yield from new_basis(grad, old, cut, group["basis"], first=first, draw=drawn)
+        if group["rotate_moments"] and not first:
+            turn = old.t() @ new
+            if cut.side == "columns":
+                turn = yield from cut.total(turn)
+            for name in self.moments:
+                subspace.rotate_(state[name], turn, squared=name != "exp_avg", left=key == "basis_left")
+        state[key].copy_(cut.kept(new))
+        return new
 
     def describe(self) -> str:
         """One line: how many matrices are projected, their share, and bytes of state against AdamW's."""
@@ -256,10 +273,10 @@ class ProjectedOptimizer(MethodOptimizer):
         )
 
 
-def _projected(grad: Tensor, state: dict[str, Tensor], cut: Cut) -> Asking:
+def _projected(grad: Tensor, basis: Tensor, basis_left: Tensor | None, cut: Cut) -> Asking:
     """R: own rows of G Q, or all of P^T G Q."""
-    low = subspace.project(grad, state["basis"], state.get("basis_left"))
-    if "basis_left" in state:
+    low = subspace.project(grad, basis, basis_left)
+    if basis_left is not None:
         return (yield from cut.total(low))
     if cut.side == "columns":
         return (yield Request("to_rows", low))
