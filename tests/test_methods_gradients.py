@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from fullrank.projected import ProjectedOptimizer, is_projected
 from tests.cases import OptimizerCase
 from tests.cases.harness import each_class, every, feed, ours, parameter, saved_and_read
 from tests.cases.tiny import TARGETS, TinyModel, gradients_at, train, weights_of
-from tests.problems import SHAPES, make_gradients, make_weight
+from tests.problems import SHAPES, make_gradients
 
 # Half precision and gradients that are not numbers.
 
@@ -138,31 +136,6 @@ def test_sparse_gradients_are_refused(case: OptimizerCase) -> None:
     with pytest.raises(UnsupportedError, match=r"\(7, 5\).*sparse=False"):
         optimizer.step()
     assert torch.equal(embedding.weight, before)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_process")
-@each_class
-def test_sharded_parameters_are_refused(case: OptimizerCase) -> None:
-    """A DTensor raises, with its shape and what to use instead, and does not move."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    weight = nn.Parameter(distribute_tensor(make_weight((8, 6)), mesh, [Shard(0)]))
-    before = weight.detach().full_tensor().clone()
-    optimizer = case.of([weight])
-    weight.grad = torch.ones_like(weight)
-    with pytest.raises(UnsupportedError, match=r"\(8, 6\).*DistributedDataParallel"):
-        optimizer.step()
-    assert torch.equal(weight.detach().full_tensor(), before)
 
 
 # Refreshing the basis.

@@ -32,7 +32,7 @@ def norms(matrix_MN: Tensor, *, whole: bool = False) -> Tensor:
     dtype = torch.promote_types(matrix_MN.dtype, torch.float32)
     if matrix_MN.device.type == "cpu" and matrix_MN.stride(0) == 1 < matrix_MN.stride(1):
         # torch's CPU norm walks a transposed matrix with long strides: sum blocks of its columns instead.
-        blocks = matrix_MN.t().split(max(1, BLOCK // matrix_MN.shape[0]))
+        blocks = matrix_MN.t().split(max(1, BLOCK // max(1, matrix_MN.shape[0])))
         rows = torch.zeros(matrix_MN.shape[0], dtype=dtype)
         for block in blocks:
             rows += block.to(dtype).square().sum(0)

@@ -12,6 +12,8 @@ ever sees G whole; what is sent has a side of length r or 1.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +33,25 @@ class Cut:
     """M of the whole matrix."""
     num_columns: int
     """N of the whole matrix."""
+    transposed: bool
+    """Whether the parameter was transposed to be oriented."""
 
     @classmethod
-    def of(cls, parameter: Tensor, split: Split | None, proj_type: str) -> Cut:
-        """The cut of a parameter, seen as a matrix (first dimension x the rest) and oriented by ``proj_type``."""
-        rows, columns = parameter.shape[0], parameter.shape[1:].numel()
+    def of(cls, shape: Sequence[int], split: Split | None, proj_type: str) -> Cut:
+        """The cut of a parameter of this (whole) shape, as a matrix, first dimension x the rest, and oriented."""
+        rows, columns = shape[0], math.prod(shape[1:])
         transposed = subspace.projects_rows((rows, columns), proj_type)
         if transposed:
             rows, columns = columns, rows
-        if split is None or split.dim is None or split.num == 1:
-            return cls(split, None, rows, columns)
-        return cls(split, "columns" if (split.dim == 0) == transposed else "rows", rows, columns)
+        side = None
+        if split is not None and split.dim is not None and split.num > 1:
+            side = "columns" if (split.dim == 0) == transposed else "rows"
+        return cls(split, side, rows, columns, transposed)
 
     def flipped(self) -> Cut:
         """The cut of the transposed matrix."""
         other = {"rows": "columns", "columns": "rows", None: None}[self.side]
-        return Cut(self.split, other, self.num_columns, self.num_rows)
+        return Cut(self.split, other, self.num_columns, self.num_rows, not self.transposed)
 
     def in_reach(self, own_Nr: Tensor) -> Asking:
         """Of something with a row for each column, what this process's columns need, from the rows that it keeps."""

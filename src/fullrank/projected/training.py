@@ -142,9 +142,9 @@ class ProjectedOptimizer(MethodOptimizer):
         """Of bases and moments each process keeps its share of rows; those of "full" are r x r, and whole."""
         if not is_projected(parameter, group):
             return "like"
-        if self._cut(parameter, group).side is None or key == "limiter_norm":
-            return "whole"
-        return "whole" if key in self.moments and group["proj_type"] == "full" else "rows"
+        is_cut = self._cut(parameter, group).side is not None
+        is_square = key in self.moments and group["proj_type"] == "full"
+        return "rows" if is_cut and not is_square and key != "limiter_norm" else "whole"
 
     def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Raise UnsupportedError where a sharded matrix would have to be gathered: for an exact SVD."""
@@ -156,7 +156,7 @@ class ProjectedOptimizer(MethodOptimizer):
             )
 
     def _cut(self, parameter: Tensor, group: dict[str, Any]) -> Cut:
-        return Cut.of(parameter, split_of(parameter), group["proj_type"])
+        return Cut.of(parameter.shape, split_of(parameter), group["proj_type"])
 
     def step_parameters(self) -> None:
         """Whole matrices one by one, then the cut ones in waves; plain parameters together by step number."""
@@ -189,9 +189,8 @@ class ProjectedOptimizer(MethodOptimizer):
         state = {key: local(value) for key, value in self.state[parameter].items()}
         own = local(parameter)
         matrix = subspace.as_matrix(own)
-        shape = (parameter.shape[0], parameter.shape[1:].numel())
-        turned = subspace.projects_rows(shape, group["proj_type"])
-        weight, grad = (m.t() if turned else m for m in (matrix, subspace.as_matrix(gradient_of(parameter))))
+        grad = subspace.as_matrix(gradient_of(parameter))
+        weight, grad = (matrix.t(), grad.t()) if cut.transposed else (matrix, grad)
         done = int(state["step"])
         due = subspace.refresh_due(done, group["update_proj_gap"], index=seat[1] if group["stagger_refresh"] else 0)
         seed = subspace.mix_seed(group["seed"], *seat, done) if due else None
