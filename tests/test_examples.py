@@ -7,11 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str) -> str:
-    done = subprocess.run([sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, check=False)
+def run(name: str, *, processes: int = 0) -> str:
+    """What an example prints, started by itself or by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *torchrun, str(EXAMPLES / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,3 +50,17 @@ def test_relora_passes_the_rank_of_a_cycle_and_resumes_to_the_same_weights() -> 
     (first, rank, of_a_cycle), (second, *_) = found
     assert first == second
     assert int(rank) == 4 * int(of_a_cycle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_ddp_and_fsdp2_learn_alike_and_restore(processes: int) -> None:
+    printed = run("ddp_and_fsdp2.py", processes=processes)
+    found = re.findall(r"(ddp|zero|fsdp2) +accuracy ([\d.]+)%, .* process (\d): ([\d,]+) bytes", printed)
+    assert len(found) == 3 * max(processes, 1)
+    assert min(float(accuracy) for _, accuracy, _, _ in found) > 85.0
+    assert printed.count("restored: True") == 2 * max(processes, 1)
+    held = {strategy: int(held.replace(",", "")) for strategy, _, process, held in found if process == "0"}
+    if processes:
+        assert held["zero"] < 0.7 * held["ddp"]
+        assert held["fsdp2"] < 0.6 * held["ddp"]

@@ -334,16 +334,3 @@ def test_factors_that_fit() -> None:
     kernel = LowRankPair(weight=torch.zeros(4, 3, 2, 2), a=torch.zeros(5, 3, 2, 2), b=torch.zeros(4, 5, 1, 1))
     assert [pair.shape for pair in (plain, turned, kernel)] == [(4, 6), (6, 4), (4, 12)]
     assert all(pair.update().shape == pair.shape for pair in (plain, turned, kernel))
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_sharded_weight() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    model = with_factors(target_modules=["linear"])
-    base = model.base_model.model.linear.base_layer
-    mesh = init_device_mesh("cpu", (1,))
-    base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), mesh, [Shard(0)]), requires_grad=False)
-    with pytest.raises(UnsupportedError, match=r"ReLoRA cannot step a sharded parameter yet: .*\(4, 4\)"):
-        find_pairs(model)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fullrank import SIFT, CheckpointError, ConfigError, UnsupportedError
-from tests.reference.sift import BLOCK, LINEAR, backward, batch, bert, llama, train
+from tests.reference.sift import BLOCK, LINEAR, backward, batch, llama, train
 
 granularities = pytest.mark.parametrize("granularity", ["entry", "row", "block"])
 Run = tuple[Any, SIFT, torch.optim.Optimizer]
@@ -228,6 +228,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"sparse_module": []}, "at least one pattern"),
     "all excepted": ({"sparse_module": ["q_proj"], "exception": ["self_attn"]}, r"q_proj.*exception"),
     "half a batch": ({"selection_batches": 1.5}, r"selection_batches.*1\.5"),
+    "rows within rows": ({"scope": "row", "granularity": "row"}, "scope row.*got granularity 'row'"),
     "rows of the whole model": ({"scope": "model", "granularity": "row"}, "scope model.*granularity entry"),
     "block too large": ({"granularity": "block", "block_size": 7}, r"block_size.*q_proj.weight \(16 x 16\), got 7"),
     "rows of an embedding": ({"sparse_module": ["embed"], "granularity": "row"}, r"embed_tokens\.weight.*Embedding"),
@@ -281,12 +282,15 @@ def test_sparse_gradients() -> None:
 
 
 def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it is made, and when the processes come later."""
+    """Started by torchrun and not connected: told at the first forward pass that trains; any other passes."""
     model, _, _ = start()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UnsupportedError, match="this one is of 2"):
-        SIFT(bert(), 0.1, ["query"])
-    with pytest.raises(UnsupportedError, match="this one is of 2"):
-        model(**batch(model, 0))
+    for each in (model, start()[0]):
+        with pytest.raises(UnsupportedError, match=r"one of 2, and they are not connected.*init_process_group"):
+            each(**batch(each, 0))
+        with torch.no_grad():
+            each(**batch(each, 0))
+        with pytest.raises(UnsupportedError, match="one of 2"):
+            each.eval()(**batch(each, 0)).loss.backward()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    model(**batch(model, 0))
+    backward(model.train(), 0)

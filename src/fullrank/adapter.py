@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fullrank.errors import CheckpointError, ConfigError
 from fullrank.ops import sparse
 from fullrank.ops.sparse import GRANULARITIES, Layout
+from fullrank.sharding import local, own_places, sum_of_parts
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -57,8 +58,11 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     for parameter in parameters.values():
         count = min(SAMPLE, parameter.numel())
         places = torch.arange(count, device=parameter.device) * SPREAD % max(parameter.numel(), 1)
-        taken = sparse.take(parameter.detach(), places, Layout(tuple(parameter.shape)))
-        samples.append(taken.to(torch.bfloat16).view(torch.int16))
+        is_here, places = own_places(places, parameter)
+        part = local(parameter).detach()
+        taken = sparse.take(part, places, Layout(tuple(part.shape))).to(torch.bfloat16).view(torch.int16)
+        samples.append(taken.new_zeros(count).masked_scatter_(is_here, taken))
+    samples = sum_of_parts(samples, list(parameters.values()))
     hashes = {}
     for (name, parameter), sample in zip(parameters.items(), _to_host(samples), strict=True):
         content = repr(tuple(parameter.shape)).encode() + sample.numpy().tobytes()

@@ -23,6 +23,12 @@ class TrainingError(RuntimeError):
     exit_status = 3
 
 
+class DisconnectedError(TrainingError):
+    """A run whose other processes are gone, or do not answer in time."""
+
+    exit_status = 1
+
+
 class UnsupportedError(RuntimeError):
     """A combination that this version refuses, with the reason and what to do instead."""
 

@@ -1,4 +1,7 @@
-"""Bytes: of weights, gradients, the optimizer's state as held, of AdamW's beside it, and of the process at its peak."""
+"""Bytes: of weights, gradients, the optimizer's state as held, of AdamW's beside it, and of the process at its peak.
+
+Of what is spread over processes this one's part is counted.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from fullrank.methods import METHODS
 from fullrank.methods.full import FullConfig
+from fullrank.sharding import local
 
 
 def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -20,7 +24,7 @@ def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     for state in optimizer.state.values():
         for value in state.values():
             if torch.is_tensor(value):
-                storage = value.untyped_storage()
+                storage = local(value).untyped_storage()
                 storages[storage.data_ptr() or id(value)] = storage.nbytes()
     return sum(storages.values())
 
@@ -28,12 +32,16 @@ def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the gradients that an optimizer reads at a step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+    return sum(_size(parameter) for parameter in parameters if parameter.requires_grad)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters as they train: those of LoRA's factors too, and shared ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(_size(parameter) for parameter in model.parameters())
+
+
+def _size(parameter: torch.Tensor) -> int:
+    return local(parameter).numel() * parameter.element_size()
 
 
 def adamw_state_bytes(model: nn.Module) -> int:

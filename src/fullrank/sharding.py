@@ -44,6 +44,11 @@ class Split:
         """The processes that hold the parts of one copy."""
         return self.mesh.get_group(self.mesh_dim)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a process has a part only: false for a tensor that is whole everywhere, and in a group of one."""
+        return self.dim is not None and self.num > 1
+
     def bounds(self, size: int) -> tuple[int, int]:
         """First row, and the one after the last, of this process's part of so many rows."""
         share = -(-size // self.num)
@@ -169,6 +174,11 @@ def whole(tensor: Tensor) -> Tensor:
     sharded: Any = tensor
     found: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
     return found
+
+
+def keep_(tensor: Tensor, whole: Tensor) -> None:
+    """Overwrite a tensor by a whole one, the same in all processes: each keeps its part; nothing is sent."""
+    local(tensor).copy_(local(part_of(whole, tensor)) if is_sharded(tensor) else whole)
 
 
 # Routines: what needs more than a process's own part.
@@ -332,12 +342,13 @@ def refuse_sharded(tensor: Tensor, *, optimizer: str) -> None:
         )
 
 
-def refuse_several_processes(method: str) -> None:
-    """Raise UnsupportedError where this process is one of several that train together."""
-    if (processes := num_processes()) > 1:
+def refuse_flattened(tensor: Tensor, *, name: str, user: str) -> None:
+    """Raise UnsupportedError for a parameter that an engine has cut into flat pieces, in which no matrix is left."""
+    if hasattr(tensor, "ds_id") or getattr(tensor, "_fsdp_flattened", False):
+        engine = "DeepSpeed ZeRO" if hasattr(tensor, "ds_id") else "FSDP1 (FullyShardedDataParallel)"
         raise UnsupportedError(
-            f"{method} trains in one process yet, and this one is of {processes}. Start it without torchrun, or use "
-            "a method that runs under DDP: fira, galore, apollo, full."
+            f"{name} belongs to {engine}, which cuts weights into flat pieces, so {user} would see no matrices. Shard "
+            "the model by torch.distributed.fsdp.fully_shard (FSDP2), or train under DDP."
         )
 
 
@@ -380,6 +391,90 @@ def broadcast(tensors: Sequence[Tensor], source: int, group: Any = None) -> None
         dist.broadcast(flat, src=source, group=group)
         for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+def own_places(places: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of some entries of a whole tensor this process holds, and where.
+
+    Args:
+        places: Their row-major numbers in the whole.
+        tensor: A DTensor or any other.
+
+    Returns:
+        A mask over the places, and the row-major numbers of those in this process's part.
+    """
+    split = split_of(tensor)
+    if split is None or split.dim is None:
+        return torch.ones_like(places, dtype=torch.bool), places
+    size, inner = tensor.shape[split.dim], tensor.shape[split.dim + 1 :].numel()
+    start, end = split.bounds(size)
+    along = places // inner % size
+    here = (along >= start) & (along < end)
+    outer = places // (size * inner)
+    return here, ((outer * (end - start) + along - start) * inner + places % inner)[here]
+
+
+def sum_of_parts(found: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Whole numbers found of tensors, each in the process that holds that part and 0 in the others: in all of them."""
+    joined = list(found)
+    groups: dict[Any, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        split = split_of(tensor)
+        if split is not None and split.num > 1:
+            groups.setdefault(split.group, []).append(number)
+    for group, numbers in groups.items():
+        sums = all_reduce([found[number].to(torch.int32) for number in numbers], group)
+        for number, total in zip(numbers, sums, strict=True):
+            joined[number] = total.to(found[number].dtype)
+    return joined
+
+
+# A model that DDP has wrapped, beside whose collectives others run.
+
+
+def wrapper_of(module: nn.Module) -> Any:
+    """The DistributedDataParallel around this very module whose forward pass is under way, or None."""
+    active: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    return active if active is not None and active.module is module else None
+
+
+def own_group(group: Any) -> Any:
+    """Another group of a group's processes, whose collectives may come between those of the first: a collective."""
+    is_part = dist.get_world_size(group) < dist.get_world_size()
+    return dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=is_part)
+
+
+def leave_group(group: Any) -> None:
+    """Give up a group that ``own_group`` made; all of its processes do."""
+    if dist.get_world_size(group) == dist.get_world_size():  # torch would give the name of a smaller one to the next
+        dist.destroy_process_group(group)
+
+
+def first_process(group: Any) -> int:
+    """Number of a group's first process in the default group."""
+    return dist.get_process_group_ranks(group)[0]
+
+
+def mean_(tensors: Sequence[Tensor], group: Any) -> None:
+    """Overwrite these tensors by their means over a group's processes, buckets of one dtype at a time."""
+    for numbers in _buckets([(tensor, None) for tensor in tensors], [tensor.numel() for tensor in tensors]):
+        several = [tensors[number].div_(dist.get_world_size(group)) for number in numbers]
+        for tensor, total in zip(several, all_reduce(several, group), strict=True):
+            if total is not tensor:
+                tensor.copy_(total)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) has been applied to a model or a part of it."""
+    known = sys.modules.get("torch.distributed.fsdp")
+    return known is not None and any(isinstance(module, known.FSDPModule) for module in model.modules())
+
+
+def any_part(flag: Tensor, split: Split | None) -> bool:
+    """Whether a flag (0-d) is set in any process that holds a part: a collective; None: there is one part."""
+    if split is None or split.num == 1:
+        return bool(flag)
+    return bool(all_reduce([flag.to(torch.int32).view(1)], split.group, "max")[0])
 
 
 # A whole model, and the processes that train it.
@@ -426,9 +521,45 @@ def shard_model(
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what the last forward pass has gathered of a model that FSDP2 has spread; it would go stale."""
+    """Give back what the last forward pass has gathered of a model that FSDP2 has spread; it would go stale.
+
+    So the modules hold their spread parameters again. A model that is not spread stays as it is.
+    """
+    for module in _spread_modules(model):
+        module.reshard()
+
+
+def gathered_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of a model that FSDP2 has spread, by what is gathered at once; of any other model none."""
+    reshard(model)
+    groups: dict[int, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+
+    def visit(module: Any, group: list[nn.Parameter]) -> None:
+        if module in spread_modules:
+            # Modules that were given to fully_shard together have one state.
+            group = groups.setdefault(id(module._get_fsdp_state()), [])
+        own = [p for p in module.parameters(recurse=False) if is_sharded(p) and p not in seen]
+        seen.update(own)
+        group.extend(own)
+        for child in module.children():
+            visit(child, group)
+
+    if spread_modules := set(_spread_modules(model)):
+        visit(model, [])
+    return list(groups.values())
+
+
+def _spread_modules(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called for."""
+    known = sys.modules.get("torch.distributed.fsdp")
+    return [] if known is None else [module for module in model.modules() if isinstance(module, known.FSDPModule)]
+
+
+def sum_over_copies(model: nn.Module, is_due: bool) -> None:
+    """Whether the next backward pass sums gradients over the copies of the model (HSDP), or the one after it."""
     sharded: Any = model
-    sharded.reshard()
+    sharded.set_requires_all_reduce(is_due)
 
 
 def disconnect() -> None:

@@ -58,7 +58,7 @@ def read_weights(folder: str | Path) -> Weights:
         UnsupportedError: If the base of LoRA's factors is quantized.
     """
     place = weights_folder(folder)
-    stored = _Stored(place)
+    stored = Stored(place)
     if any(name.endswith(FACTOR_A) for name in stored.shapes):
         return _folded(stored, place)
     return Weights(str(place), stored.shapes, lambda name: _float64(stored.read(name), name, str(place)))
@@ -67,7 +67,7 @@ def read_weights(folder: str | Path) -> Weights:
 def stored_names(folder: str | Path) -> set[str]:
     """The names of the tensors in a folder's safetensors files; none if it holds none."""
     path = Path(folder)
-    return set(_Stored(path).shapes) if holds_model(path) else set()
+    return set(Stored(path).shapes) if holds_model(path) else set()
 
 
 def holds_model(folder: Path) -> bool:
@@ -147,7 +147,7 @@ def shortest_ends(paths: Sequence[tuple[str, ...]], *, joined_by: str) -> list[s
     return ends
 
 
-class _Stored:
+class Stored:
     """The tensors of a folder's safetensors files, as they are stored."""
 
     def __init__(self, folder: Path) -> None:
@@ -200,7 +200,7 @@ def _opened(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged or cannot be read ({error}). Copy or save it again.") from None
 
 
-def _folded(stored: _Stored, folder: Path) -> Weights:
+def _folded(stored: Stored, folder: Path) -> Weights:
     """The weights of a checkpoint with LoRA's factors in it, each with its update added."""
     adapted = {f"{name.removesuffix(FACTOR_A)}.weight" for name in stored.shapes if name.endswith(FACTOR_A)}
     places = plain_names(stored.shapes)
@@ -225,7 +225,7 @@ def _folded(stored: _Stored, folder: Path) -> Weights:
     return Weights(str(folder), shapes, read)
 
 
-def _is_flipped(name: str, shapes: Shapes, stored: _Stored, folder: Path) -> bool:
+def _is_flipped(name: str, shapes: Shapes, stored: Stored, folder: Path) -> bool:
     """Check the parts of a layer; whether its weight is kept as columns x rows, as transformers' Conv1D does."""
     layer = name.removesuffix(".weight")
     if absent := [part for part in (BASE, FACTOR_B) if layer + part not in stored.shapes]:

@@ -7,24 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.case import Case
-from tests.distributed.launch import Launcher, Outcome
+from tests.distributed.launch import Launcher, Outcome, collected, shared_folder
 
 
 @pytest.fixture(scope="session")
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     """Knows every case that a test of this session asks for."""
-    asked: dict[int, list[str]] = {}
-    for item in request.session.items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
-        if not isinstance(case, Case):
-            continue
-        for world in case.worlds:
-            name = f"{item.module.__name__}:{case.name}"  # type: ignore[attr-defined]
-            if name not in asked.setdefault(world, []):
-                asked[world].append(name)
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if hasattr(request.config, "workerinput") else base  # of pytest-xdist: one launch for all
-    return Launcher(shared / "distributed", asked)
+    folder = shared_folder(request, tmp_path_factory) / "distributed"
+    return Launcher(folder, collected(request, "tests.distributed"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.distributed.case import Case
+from tests.distributed.loop import DEVICE_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 400
@@ -35,11 +39,13 @@ class Launcher:
     Args:
         folder: For results; several pytest processes share it, and the first one runs the cases.
         asked: ``module:case`` for each number of processes.
+        device: What the processes train on, ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, folder: Path, asked: dict[int, list[str]]) -> None:
+    def __init__(self, folder: Path, asked: dict[int, list[str]], device: str = "cpu") -> None:
         self.folder = folder
         self.asked = asked
+        self.device = device
 
     def results(self, case: str, world: int) -> list[Outcome]:
         """What each of ``world`` processes returned; fails the test with their tracebacks if one raised."""
@@ -51,9 +57,7 @@ class Launcher:
             pytest.fail("\n".join(errors), pytrace=False)
         if len(read) < world:
             pytest.fail(f"{case} ended in {len(read)} of {world} processes.\n{self.log(world)}", pytrace=False)
-        return [
-            Outcome(load_file(folder / f"{rank}.safetensors"), entry["values"]) for rank, entry in enumerate(read)
-        ]
+        return [Outcome(load_file(folder / f"{rank}.safetensors"), entry["values"]) for rank, entry in enumerate(read)]
 
     def log(self, world: int) -> str:
         """The end of what a launch wrote."""
@@ -68,17 +72,44 @@ class Launcher:
             if log.exists():
                 return
             with log.open("wb") as output:
-                torchrun(world, "-m", "tests.distributed.worker", self.folder, *self.asked[world], output=output)
+                torchrun(
+                    world,
+                    "-m",
+                    "tests.distributed.worker",
+                    self.folder,
+                    *self.asked[world],
+                    output=output,
+                    environment={DEVICE_VARIABLE: self.device},
+                )
 
 
-def torchrun(world: int, *arguments: object, output: Any, limit: float = LIMIT) -> int:
+def collected(request: pytest.FixtureRequest, package: str) -> dict[int, list[str]]:
+    """Every case that a test of this session in a package (or a module) asks for, for each number of processes."""
+    asked: dict[int, list[str]] = {}
+    for item in request.session.items:
+        case, module = getattr(item, "callspec", None) and item.callspec.params.get("case"), item.module.__name__  # type: ignore[attr-defined]
+        if isinstance(case, Case) and f"{module}.".startswith(f"{package}."):
+            for world in case.worlds:
+                asked.setdefault(world, []).append(f"{module}:{case.name}")
+    return {world: list(dict.fromkeys(names)) for world, names in sorted(asked.items())}
+
+
+def shared_folder(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session; of pytest-xdist's processes all have the same, so that one launch serves them."""
+    base = factory.getbasetemp()
+    return base.parent if hasattr(request.config, "workerinput") else base
+
+
+def torchrun(
+    world: int, *arguments: object, output: Any, environment: Mapping[str, str] | None = None, limit: float = LIMIT
+) -> int:
     """Run a program in so many processes of this machine; returns the exit status, of a killed one too."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    settings |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **(environment or {})}
     running = subprocess.Popen(
         [*command, *map(str, arguments)],
-        env=environment,
+        env=settings,
         cwd=ROOT,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fullrank import METHODS, Built
-from tests.distributed.network import BATCH, TARGETS, Network, batch, loss_of
+from tests.distributed.network import BATCH, TARGETS, WIDTH, Network, batch, loss_of
 
 LEARNING_RATE = 1e-2
-DEVICE = torch.device("cpu")
+DEVICE_VARIABLE = "FULLRANK_TEST_DEVICE"
+DEVICE = torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -23,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "galore": {"rank": 2, "update_proj_gap": 3},
     "fira": {"rank": 2, "update_proj_gap": 3},
     "apollo": {"rank": 2, "update_proj_gap": 3},
-    "sift": {"density": 0.3, "target_modules": TARGETS, "exception": ["embed"]},
+    "sift": {"density": 0.3, "target_modules": TARGETS, "exception": ["embed"], "scope": "row"},
     "lora": {"rank": 2, "lora_alpha": 4.0, "factor_dtype": None},
     "relora": {
         "rank": 2,
@@ -37,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Of every method, so that ten steps see several refreshes or restarts."""
 
 Recorded = list[dict[str, Tensor]]
-"""The gradients of each step by name."""
+"""The gradients of each step, by the place of their parameter in the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,16 @@ class Plan:
     accumulation: int = 1
     checkpointing: bool = False
     clip: float | None = None
-    width: int = 11
+    width: int = WIDTH
     num_blocks: int = 2
+    unused: bool = True
+    """Whether the network has a parameter that is never used."""
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     """Makes the optimizer from groups, in place of the method's own."""
 
     def network(self) -> nn.Module:
         """The model as it is before anything is wrapped: with the LoRA layers that the method asks for."""
-        model = Network(self.width, self.num_blocks, checkpointing=self.checkpointing)
+        model = Network(self.width, self.num_blocks, checkpointing=self.checkpointing, unused=self.unused)
         model.to(device=DEVICE, dtype=DTYPES[self.dtype])
         adapters = METHODS[self.method].adapters
         if adapters is not None and (request := adapters(self.config())) is not None:
@@ -91,7 +95,7 @@ class Run:
     """As it is called: wrapped by DDP, sharded by fully_shard, or plain."""
     built: Built
     recorded: Recorded | None = None
-    """Gets the whole gradients of every step, if it is a list."""
+    """Gets the gradients of every step, this process's parts of them, if it is a list."""
 
     @property
     def plain(self) -> nn.Module:
@@ -115,7 +119,7 @@ class Run:
         if self.plan.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         if self.recorded is not None:
-            self.recorded.append({name: whole(p.grad) for name, p in self.parameters() if p.grad is not None})
+            self.recorded.append({place: own(p.grad) for place, p in self.trained() if p.grad is not None})
 
     def finish(self, number: int) -> None:
         """The optimizer's step and what the method does after it."""
@@ -135,6 +139,11 @@ class Run:
         """The model's own parameters by name, without what a method put beside them."""
         return ((name, p) for name, p in self.plain.named_parameters() if not name.endswith("_sparse"))
 
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimizer was given, by its place there, which is the same in one process and in several."""
+        given = (parameter for group in self.built.optimizer.param_groups for parameter in group["params"])
+        return ((f"{number:03}", parameter) for number, parameter in enumerate(given))
+
     def weights(self) -> dict[str, Tensor]:
         """Copies of all weights, whole, in every process."""
         return {name: whole(parameter.detach()) for name, parameter in self.parameters()}
@@ -147,11 +156,13 @@ def alone(plan: Plan) -> Run:
 
 
 def replay(plan: Plan, gradients: Recorded) -> Run:
-    """A run of one process whose gradients are given: only what the optimizer does can differ."""
+    """A run of one process whose optimizer is given these gradients, so that only what it does with them can differ."""
     run = alone(plan)
-    for number, named in enumerate(gradients):
-        for name, parameter in run.parameters():
-            parameter.grad = named.get(name)
+    for number, given in enumerate(gradients):
+        run.model.zero_grad()
+        run.backward(number)
+        for place, parameter in run.trained():
+            parameter.grad = given.get(place)
         run.finish(number)
     return run
 
@@ -161,6 +172,11 @@ def place() -> tuple[int, int]:
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy of this process's part of a tensor, in host memory."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().cpu().clone()  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:

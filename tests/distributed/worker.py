@@ -1,8 +1,8 @@
 """What torchrun starts: runs cases one after the other in one process group, and writes what each of them found.
 
-``python -m tests.distributed.worker FOLDER MODULE:CASE...``. A case that raises in any process fails in all of
-them and the next one starts with a new group: numbers of processes and the outcome go through the store,
-which stands apart from the group.
+``python -m tests.distributed.worker FOLDER MODULE:CASE...``. Where a case raises in one process, the others stop
+waiting for it after a time, and the next case starts with a new group. How a case ended goes through torchrun's
+store, which stands apart from the group.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 from tests.distributed.case import Case, Place
+from tests.distributed.loop import DEVICE
 
 PATIENCE = datetime.timedelta(seconds=30)
 """After which a process gives up waiting for the others."""
@@ -31,7 +33,10 @@ def main(folder: Path, asked: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = os.environ.get("FULLRANK_TEST_BACKEND", "gloo")
+    backend = "gloo"
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
     launched = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=4 * PATIENCE)
     store = distributed.PrefixStore("cases", launched)
     for number, name in enumerate(asked):
@@ -57,14 +62,13 @@ def find(name: str) -> Case:
 
 def run(case: Case, place: Place, folder: Path) -> str | None:
     """Run one case and write what it returns, or how it failed; returns the error."""
-    error, found = None, {}
+    error, found, start = None, {}, time.monotonic()
     torch.manual_seed(place.rank)  # what is drawn without a seed must not matter
     try:
         found = case.run(place)
     except Exception:
         error = traceback.format_exc()
-        distributed.destroy_process_group()  # the others' collectives end at once, instead of at the time limit
-    write(folder / case.name / str(place.rank), found, error)
+    write(folder / case.name / str(place.rank), {**found, "seconds": time.monotonic() - start}, error)
     return error
 
 

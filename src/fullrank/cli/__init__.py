@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from fullrank import __version__
@@ -14,7 +15,7 @@ from fullrank.cli.comparing import compare
 from fullrank.cli.reporting import report
 from fullrank.cli.training import finetune, pretrain, recipes
 from fullrank.cli.using import evaluate, export, generate
-from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+from fullrank.errors import CheckpointError, ConfigError, DisconnectedError, TrainingError, UnsupportedError
 
 USAGE = """\
 usage: fullrank COMMAND [OPTIONS]
@@ -55,6 +56,16 @@ EXTRAS = {
 """Package that may be missing -> the extra that brings it."""
 
 
+ALONE_AFTER = 15.0
+"""Seconds after which a process takes an error for its own, which the first one of its machine has not met."""
+
+
+def let_first_speak() -> None:
+    """Print an error once where all processes meet it: the launcher ends the others as soon as the first one ends."""
+    if int(os.environ.get("LOCAL_RANK") or 0) > 0:
+        time.sleep(ALONE_AFTER)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (0 done, 1 failed, 2 wrong usage, 3 diverged, 130 stopped)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -68,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown command {arguments[0]!r}. Commands: {', '.join(COMMANDS)}.")
         return COMMANDS[arguments[0]](arguments[1:])
     except (ConfigError, CheckpointError, TrainingError, UnsupportedError) as error:
+        if not isinstance(error, DisconnectedError):
+            let_first_speak()
         print(f"fullrank: {error}", file=sys.stderr)
         return error.exit_status
     except ModuleNotFoundError as error:

@@ -27,6 +27,7 @@ With no arguments: the quickstart recipe, a small LLaMA with Fira on the text of
   --trainer.FIELD VALUE any field of transformers.TrainingArguments (max_steps, save_steps, report_to, ...), and
                         trainer.total_batch_size: sequences per optimizer step over all devices, from which
                         the accumulation is derived
+{parallel}
 """
 
 FINETUNE_USAGE = """\
@@ -45,8 +46,14 @@ Trains a causal language model on instructions, prompts, conversations or text, 
   --trainer.FIELD VALUE any field of transformers.TrainingArguments (num_train_epochs, eval_strategy, bf16, ...), and
                         trainer.total_batch_size: examples per optimizer step over all devices, from which the
                         accumulation is derived
+{parallel}
 """
 
+
+PARALLEL = """\
+Several processes, under torchrun:
+  --trainer.strategy S  ddp (default: each holds the model) or fsdp2 (the model is spread over them)
+  --trainer.shard_size N processes that fsdp2 spreads one copy of the model over; default: all"""
 
 FIRST_SECTION = {"pretrain": "The network", "finetune": "The trained network"}
 """Where the options begin in what jsonargparse prints."""
@@ -90,11 +97,13 @@ def _train(command: Command, arguments: list[str]) -> int:
     if flags.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
+    from fullrank.sharding import disconnect
     from fullrank.train import run
     from fullrank.train.report import summary
 
     make = run.pretrain if command == "pretrain" else run.finetune
     result = make(config, resume=flags.resume is not None)
+    disconnect()
     if result is None:
         return 130
     if os.environ.get("RANK", "0") == "0":
@@ -133,5 +142,5 @@ def print_help(config: RunConfig) -> None:
     text = re.sub(r"\n  --(model|data|method) CONFIG .*", "", text[text.index(FIRST_SECTION[config.command]) :])
     text = re.sub(r", --[\w.]+\+ \S+", "", text)
     usage = PRETRAIN_USAGE if config.command == "pretrain" else FINETUNE_USAGE
-    print(usage.format(methods=", ".join(METHODS), method=config.method_name, task=task))
+    print(usage.format(methods=", ".join(METHODS), method=config.method_name, task=task, parallel=PARALLEL))
     print(text)

@@ -8,18 +8,20 @@ them. Three numbers are told apart for every collective over P processes:
     sent      what one process puts on its link. Ring collectives send 2 x (P - 1) / P of an all-reduce of x,
               x (P - 1) / P of a reduce-scatter or an all-gather, and pass on x of a broadcast
               (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "bus bandwidth").
-    calls     collectives: requests of one kind wait for each other and share buffers of `sharding.BUCKET` numbers.
+    calls     collectives: requests of one kind wait for each other and share buffers of ``sharding.BUCKET`` numbers.
+              Of a step that also refreshes bases they are about the sum of both.
 
 An m x n matrix below is oriented: n is its projected side (``proj_type`` std: the short one), r the rank. FSDP2 cuts a
 weight along its rows. Of a weight with at least as many rows as columns that is along m ("tall"): R = G Q stays where
-its rows are, and the basis Q is whole in every process. Of a wider one it is along n ("wide"): R is a sum over the
-processes. Parts are those of ``torch.chunk``, padded to equal length where they are sent.
+its rows are, and the basis Q (n x r, kept in parts) is joined for a step. Of a wider one it is along n ("wide"): R is a
+sum over the processes, and Q stays where its columns are. Parts are those of ``torch.chunk``, padded to equal length
+where they are sent.
 """
 
 from fullrank.communication.layout import Collective, Layout, Matrix, padded, payload, sent_bytes
 from fullrank.communication.projected import refresh_traffic, step_traffic
 from fullrank.communication.state import state_numbers
-from fullrank.communication.strategy import gradient_traffic, partition_traffic, restart_traffic
+from fullrank.communication.strategy import gradient_traffic, partition_traffic, restart_traffic, sift_traffic
 
 __all__ = [
     "Collective",
@@ -32,6 +34,7 @@ __all__ = [
     "refresh_traffic",
     "restart_traffic",
     "sent_bytes",
+    "sift_traffic",
     "state_numbers",
     "step_traffic",
 ]

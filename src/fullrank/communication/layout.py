@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,9 @@ class Collective:
     processes: int
     """Of the group."""
     calls: int = 1
+    """Buffers, sent one after another."""
+    among: Literal["all", "shards", "copies"] = "shards"
+    """Which processes: all, those that hold one copy of the model, or those that hold the same part of every copy."""
 
     @property
     def payload_bytes(self) -> int:
@@ -123,3 +126,16 @@ def payload(traffic: Iterable[Collective]) -> dict[str, int]:
 def sent_bytes(traffic: Iterable[Collective]) -> float:
     """Bytes that one process sends."""
     return sum(one.sent_bytes for one in traffic)
+
+
+def filled(sizes: Sequence[int], bound: int) -> list[list[int]]:
+    """Positions of things of these sizes, filled in their order into lots up to a bound; a larger one is a lot."""
+    lots: list[list[int]] = []
+    held = 0
+    for number, size in enumerate(sizes):
+        if not lots or held + size > bound:
+            lots.append([])
+            held = 0
+        lots[-1].append(number)
+        held += size
+    return lots

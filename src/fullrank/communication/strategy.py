@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fullrank.communication.layout import Collective, Layout, Matrix, padded
+from fullrank.communication.layout import Collective, Layout, Matrix, filled, padded
+from fullrank.sharding import BUCKET
 
 
 def gradient_traffic(
@@ -19,6 +20,9 @@ def gradient_traffic(
     gradient_itemsize: int = 2,
 ) -> list[Collective]:
     """A forward and backward pass whose gradients are reduced.
+
+    Of the micro-batches of a step, fsdp2 gathers and scatters in every one; ddp, and the copies of HSDP, sum in the
+    last alone (``among`` all, copies).
 
     ddp: one all-reduce of the gradients, 2 x (P - 1) / P bytes sent for x bytes of them. SIFT's are its chosen
     entries and what trains densely (all of its matrices once, to choose), LoRA's the factors.
@@ -39,12 +43,12 @@ def gradient_traffic(
         gradient_itemsize: Bytes of a reduced gradient.
     """
     if layout.strategy == "ddp":
-        return [Collective("all_reduce", trained, gradient_itemsize, layout.world, modules)]
+        return [Collective("all_reduce", trained, gradient_itemsize, layout.world, modules, "all")]
     gathered, calls = gathers * (whole - root) + root, gathers * (modules - 1) + 1
     return [
         Collective("all_gather", gathered, weight_itemsize, layout.shards, calls),
         Collective("reduce_scatter", trained, gradient_itemsize, layout.shards, modules),
-        Collective("all_reduce", -(-trained // layout.shards), gradient_itemsize, layout.replicas, modules),
+        Collective("all_reduce", -(-trained // layout.shards), gradient_itemsize, layout.replicas, modules, "copies"),
     ]
 
 
@@ -58,4 +62,57 @@ def partition_traffic(layout: Layout, numels: Sequence[int], *, itemsize: int = 
     """
     if not layout.partition_states:
         return []
-    return [Collective("broadcast", sum(numels), itemsize, layout.world, min(len(numels), layout.world))]
+    calls = max(len(filled(numels, BUCKET)), min(len(numels), layout.world))
+    return [Collective("broadcast", sum(numels), itemsize, layout.world, calls, "all")]
+
+
+def sift_traffic(
+    layout: Layout, *, chosen: int, weights: int, dense: int = 0, itemsize: int = 4, dense_itemsize: int = 2
+) -> list[Collective]:
+    """What SIFT sends of its sparse weights in an optimizer step, beside ``gradient_traffic`` of all others.
+
+    ddp: one all-reduce of the chosen entries' gradients and of a flag for each weight, at the end of the backward pass
+    that DDP synchronises. While it chooses, each dense gradient and a flag are all-reduced once, and the places are
+    broadcast. fsdp2: nothing more than FSDP2, which scatters dense gradients; rows choose by themselves.
+
+    Args:
+        layout: Of the processes.
+        chosen: Entries that train.
+        weights: Weights that they are of.
+        dense: Entries of those that choose in this step; 0 in all steps but the first of a choice.
+        itemsize: Bytes of a value.
+        dense_itemsize: Bytes of an entry of a weight.
+    """
+    if layout.strategy == "fsdp2":
+        return []
+    found = [Collective("all_reduce", chosen + weights, itemsize, layout.world, 1, "all")]
+    if dense:
+        found += [
+            Collective("all_reduce", dense, dense_itemsize, layout.world, weights, "all"),
+            Collective("all_reduce", weights, 4, layout.world, weights, "all"),
+            Collective("broadcast", chosen + 2 * weights, 4, layout.world, 2, "all"),
+        ]
+    return found
+
+
+def restart_traffic(matrices: Sequence[Matrix], layout: Layout, *, itemsize: int = 4) -> list[Collective]:
+    """What a restart of LoRA's factors sends: under fsdp2 both are gathered, r (m + n) numbers a matrix.
+
+    Also 2 numbers a matrix, what was merged and what rounding lost of it, are all-reduced in float64. Under ddp every
+    process merges whole factors and draws the same new ones: nothing is sent. Counts of the moments' zeros come on top.
+
+    Args:
+        matrices: Weights with the rank of their factors.
+        layout: Of the processes.
+        itemsize: Bytes of a number of the factors.
+    """
+    if layout.shards == 1:
+        return []
+    factors = [
+        padded(matrix.rows, layout.shards) * matrix.rank + padded(matrix.rank, layout.shards) * matrix.columns
+        for matrix in matrices
+    ]
+    return [
+        Collective("all_gather", sum(factors), itemsize, layout.shards, 2 * len(factors)),
+        Collective("all_reduce", 2 * len(factors), 8, layout.shards, len(factors)),
+    ]

@@ -4,10 +4,10 @@ The layers are PEFT's (or the caller's own): nothing here makes one, and nothing
 """
 
 from fullrank.factors.cycles import Cycles, Jagged, Schedule, cosine, jagged_cosine
-from fullrank.factors.find import find_pairs, named_factors, target_layers, train_scaling
+from fullrank.factors.find import find_pairs, named_factors, refuse_left_behind, target_layers, train_scaling
 from fullrank.factors.pair import LowRankPair, Merge
 from fullrank.factors.states import RESETS, Reset, reset_states
-from fullrank.factors.training import AdapterRequest, FactorConfig
+from fullrank.factors.training import AdapterRequest, FactorConfig, refuse_mixed_types
 from fullrank.factors.warm_start import WarmStart
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "find_pairs",
     "jagged_cosine",
     "named_factors",
+    "refuse_left_behind",
+    "refuse_mixed_types",
     "reset_states",
     "target_layers",
     "train_scaling",

@@ -6,17 +6,17 @@ A PEFT layer is a module with ``lora_A``, ``lora_B``, ``scaling`` and ``get_base
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.factors.pair import LayerPair
+from fullrank.factors.pair import LayerPair, LowRankPair
 from fullrank.factors.quantized import QuantizedPair, is_quantized
 from fullrank.params import match_parameters, rank_problems
-from fullrank.sharding import refuse_sharded
+from fullrank.sharding import is_sharded, refuse_flattened, reshard, split_of
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -36,7 +36,7 @@ def find_pairs(model: nn.Module, *, adapter: str | None = None, training: bool =
     """Every weight of a PEFT LoRA model with its factors.
 
     Args:
-        model: A PeftModel, or a model with PEFT's layers in it; wrapped by DDP or not.
+        model: A PeftModel, or a model with PEFT's layers in it; wrapped by DDP, sharded by FSDP2, or neither.
         adapter: Name of the adapter; None if there is one only.
         training: Refuse an adapter that is not active.
 
@@ -55,6 +55,7 @@ def find_pairs(model: nn.Module, *, adapter: str | None = None, training: bool =
     if adapter is not None and adapter not in names:
         raise ConfigError(f"this model has no adapter {adapter!r}, only {', '.join(names)}.")
     chosen = adapter or names[0]
+    reshard(model)  # the last forward pass may have put gathered weights in the place of sharded ones
     holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     pairs = []
     for name, layer in lora_layers(model):
@@ -92,7 +93,7 @@ def _pair(name: str, layer: Any, adapter: str) -> LayerPair:
             f"{name} is a {kind} over a {type(base).__name__}, whose weight cannot be merged into. Leave it out of "
             "the adapter's target_modules; linear layers, convolutions, embeddings and bitsandbytes layers work."
         )
-    refuse_sharded(weight, optimizer="ReLoRA")
+    refuse_flattened(weight, name=f"the weight of {name}", user="a merge")
     scale = layer.lora_scaling[adapter] if adapter in getattr(layer, "lora_scaling", {}) else layer.scaling[adapter]
     is_embedding = adapter in layer.lora_embedding_A
     options: dict[str, Any] = {
@@ -104,14 +105,35 @@ def _pair(name: str, layer: Any, adapter: str) -> LayerPair:
         "zero_a": is_embedding,
         "layer": layer,
     }
+    for tensor in (weight, options["a"], options["b"]):
+        split_of(tensor, name=f"a parameter of {name}")
     if is_quantized(weight):
         return QuantizedPair(weight=weight, **options)
+    if not weight.is_floating_point() and is_sharded(weight):
+        raise UnsupportedError(
+            f"{name} is quantized ({weight.dtype}) and sharded by FSDP2: a process has a part of its codes, and cannot "
+            "merge into them. Train it under DDP, or shard a base in bfloat16 or float32."
+        )
     if not weight.is_floating_point():
         raise UnsupportedError(
             f"{name} has a weight of type {weight.dtype}, which this version cannot merge into. Use a base in "
             "bfloat16, float16 or float32, or bitsandbytes' 4-bit or 8-bit layers."
         )
     return LayerPair(weight=weight, **options)
+
+
+def refuse_left_behind(pairs: Iterable[LowRankPair]) -> None:
+    """Check that the weights of pairs are those that the model computes with.
+
+    Raises:
+        ConfigError: If the model was sharded after the pairs were found.
+    """
+    for pair in pairs:
+        if is_sharded(pair.current()) and not is_sharded(pair.weight):
+            raise ConfigError(
+                f"{pair.name} was sharded after its factors were found, so a merge would go into a weight that the "
+                "model has left behind. Call fully_shard first, then make the optimizer and ReLoRA; or train under DDP."
+            )
 
 
 def named_factors(model: nn.Module, patterns: Sequence[str], *, rank: int) -> dict[str, nn.Parameter]:
@@ -137,7 +159,7 @@ class TanhScaling(dict[str, Any]):
 
     def __getitem__(self, adapter: str) -> Tensor:
         """The scale of an adapter, with its gradient."""
-        scale: Tensor = self.numbers[adapter].tanh()
+        scale: Tensor = self.numbers[adapter].reshape(()).tanh()
         return scale
 
 
@@ -150,7 +172,8 @@ def train_scaling(model: nn.Module, adapter: str = "default") -> list[nn.Paramet
     for _, layer in lora_layers(model):
         if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
             device = layer.get_base_layer().weight.device
-            layer.lora_scaling = nn.ParameterDict({adapter: nn.Parameter(torch.ones((), device=device))})
+            # Of one entry, not of none: FSDP2 shards no scalars.
+            layer.lora_scaling = nn.ParameterDict({adapter: nn.Parameter(torch.ones(1, device=device))})
             layer.scaling = TanhScaling(layer.lora_scaling)
             numbers.append(layer.lora_scaling[adapter])
     return numbers

@@ -1,7 +1,8 @@
 """What a restart does to an optimizer's state: back to zero, or all but its largest entries dropped.
 
 Written for the states of Adam and its kin wherever they are kept: torch's classes (plain, foreach,
-fused), this package's, and bitsandbytes' 8-bit ones, whose dropped entries get the code of zero.
+fused), this package's, and bitsandbytes' 8-bit ones, whose dropped entries get the code of zero. States may
+be sharded (FSDP2): the entries that are dropped are those of one process, and counts are of all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.optimizer import MethodOptimizer
+from fullrank.sharding import all_reduce, is_sharded, local, part_of, split_of, whole
 
 FIRST = ("exp_avg", "state1", "momentum_buffer")
 """Names of the first moment."""
@@ -57,6 +59,8 @@ def reset_states(
 ) -> Reset:
     """Reset the state of these parameters, in place, and of no others.
 
+    A collective if states are sharded: counts are summed, and ``magnitude`` gathers first moments.
+
     Args:
         optimizer: Any optimizer whose ``state`` holds its moments.
         parameters: What to reset; one without a state yet is passed over.
@@ -89,12 +93,17 @@ def reset_states(
 def _zero_(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """As if no step had been taken: zeros where a new state is zeros, else the state is dropped and made anew."""
     state = optimizer.state[parameter]
-    plain = state.keys() <= FROM_ZERO and all(type(value) is Tensor for value in state.values())
+    plain = state.keys() <= FROM_ZERO and all(_is_plain(value) for value in state.values())
     if plain or isinstance(optimizer, MethodOptimizer):
         for value in state.values():
-            value.zero_()
+            local(value).zero_()
     else:
         del optimizer.state[parameter]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a part of a state is a tensor of no special kind: whole, or sharded and not of codes."""
+    return type(value) is Tensor or (torch.is_tensor(value) and is_sharded(value) and value.is_floating_point())
 
 
 def _prune_(
@@ -102,7 +111,7 @@ def _prune_(
 ) -> None:
     """Zero the same share of every moment, at the same entries."""
     first = next((key for key in FIRST if key in state), None)
-    if first is None or type(state[first]) is not Tensor:
+    if first is None or not _is_plain(state[first]):
         raise UnsupportedError(
             f"reset {how!r} needs a first moment ({', '.join(FIRST)}) in plain tensors, and the state of a parameter "
             f"of shape {tuple(parameter.shape)} holds {', '.join(map(str, state)) or 'nothing'}. Use reset 'zero'."
@@ -110,14 +119,19 @@ def _prune_(
     moment = state[first]
     num_dropped = round(ratio * moment.numel())
     if how == "magnitude":
-        order = _values(state, first).abs().flatten().topk(num_dropped, largest=False).indices
+        order = whole(_values(state, first)).abs().flatten().topk(num_dropped, largest=False).indices
     else:
         order = torch.randperm(moment.numel(), generator=generator)[:num_dropped].to(moment.device)
     for key, value in _moments(state).items():
-        if value.shape == moment.shape:
-            flat = value.reshape(-1)  # a copy where the moment has no flat view
-            flat[order] = _zero_of(state, key)
-            value.copy_(flat.view(moment.shape))
+        if value.shape != moment.shape:
+            continue
+        if is_sharded(value):
+            dropped = torch.zeros(moment.numel(), dtype=torch.bool, device=order.device).index_fill_(0, order, True)
+            local(value).masked_fill_(local(part_of(dropped.view(moment.shape), value)), 0)
+            continue
+        flat = value.reshape(-1)  # a copy where the moment has no flat view
+        flat[order] = _zero_of(state, key)
+        value.copy_(flat.view(moment.shape))
 
 
 def _values(state: dict[str, Any], key: str) -> Tensor:
@@ -136,7 +150,10 @@ def _count(state: dict[str, Any]) -> Reset:
     """How many entries of the moments are zero."""
     result = Reset(0, 0)
     for key, moment in _moments(state).items():
-        result += Reset(int((moment == _zero_of(state, key)).sum()), moment.numel())
+        num_zero = (local(moment) == _zero_of(state, key)).sum()
+        if (split := split_of(moment)) is not None and split.is_cut:
+            (num_zero,) = all_reduce([num_zero], split.group)
+        result += Reset(int(num_zero), moment.numel())
     return result
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fullrank.errors import UnsupportedError
 from fullrank.factors.cycles import Cycles
 from fullrank.factors.find import find_pairs, lora_layers, target_layers
 from fullrank.factors.pair import LowRankPair
 from fullrank.optimizer import AdamConfig, adam_problems
 from fullrank.params import class_head
+from fullrank.sharding import gathered_together
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +175,29 @@ def make_optimizer(parts: Parts, config: FactorConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
+
+
+def refuse_mixed_types(model: nn.Module, also: Iterable[Tensor] = ()) -> None:
+    """Check that whatever trains in a layer that FSDP2 gathers at once is of one data type, as FSDP2 demands.
+
+    Args:
+        model: With its parameters frozen or not, as they train.
+        also: What trains at another time, in a warm start or after it.
+
+    Raises:
+        UnsupportedError: If it is not; FSDP2 would say so in the first forward pass.
+    """
+    trains = {*also, *(parameter for parameter in model.parameters() if parameter.requires_grad)}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in gathered_together(model):
+        first = {parameter.dtype: names[parameter] for parameter in reversed(group) if parameter in trains}
+        if len(first) > 1:
+            found = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in first.items())
+            raise UnsupportedError(
+                f"what trains in one layer is of several data types, {found}, and FSDP2 reduces a layer's gradients "
+                "together, in one. Give the factors the type of the weights (method.factor_dtype null), load the model "
+                "in float32, or freeze the others (method.train_norms false)."
+            )
 
 
 def planned_state_bytes(model: nn.Module, config: FactorConfig) -> int:

@@ -3,6 +3,8 @@
 The factors lie beside the weights from the beginning and sleep; then the weights freeze, their gradients and
 optimizer states are freed, and the factors train. Both belong to the optimizer throughout, so its groups, and
 with them every checkpoint, have one form.
+
+Under FSDP2 what trains is read off the sharded parameters whenever a layer is gathered, so nothing is wrapped anew.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fullrank.errors import ConfigError
 from fullrank.factors.pair import LowRankPair
 from fullrank.factors.quantized import is_quantized
+from fullrank.sharding import reshard
 
 
 class WarmStart:
@@ -25,6 +28,7 @@ class WarmStart:
         optimizer: Holds both.
         steps: Length of the warm start (optimizer steps); 0: none, and nothing is touched.
         others: Further parameters that train in the warm start alone.
+        model: Where they are, if it is sharded by FSDP2.
 
     Raises:
         ConfigError: If the optimizer does not hold a weight, or a weight cannot train.
@@ -37,11 +41,13 @@ class WarmStart:
         steps: int,
         *,
         others: Sequence[Tensor] = (),
+        model: nn.Module | None = None,
     ) -> None:
         self.pairs = pairs
         self.optimizer = optimizer
         self.steps = steps
         self.others = others
+        self.model = model
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for pair in pairs if steps else ():
             if is_quantized(pair.weight):
@@ -58,6 +64,8 @@ class WarmStart:
     def at_step(self, step: int) -> None:
         """Let train what trains after so many optimizer steps."""
         if self.steps:
+            if self.model is not None:
+                reshard(self.model)  # what is gathered at present would go on as it is
             for pair in self.pairs:
                 pair.freeze(frozen=step >= self.steps)
             for parameter in self.others:

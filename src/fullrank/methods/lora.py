@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fullrank.errors import ConfigError
-from fullrank.factors import AdapterRequest, Cycles, FactorConfig, WarmStart
+from fullrank.factors import AdapterRequest, Cycles, FactorConfig, WarmStart, refuse_mixed_types
 from fullrank.factors.training import cycles_of, divide, factor_problems, make_optimizer, planned_state_bytes
 from fullrank.methods.base import Built, Method
 
@@ -46,9 +46,10 @@ def build(model: nn.Module, config: LoraConfig) -> Built:
     cycles = checked_cycles(config)
     parts = divide(model, config)
     optimizer = make_optimizer(parts, config)
+    refuse_mixed_types(model, model.parameters() if config.warm_start_steps else ())
     if not config.warm_start_steps:
         return Built(optimizer)
-    warm_start = WarmStart(parts.pairs, optimizer, config.warm_start_steps, others=parts.frozen)
+    warm_start = WarmStart(parts.pairs, optimizer, config.warm_start_steps, others=parts.frozen, model=model)
     warm_start.at_step(0)
 
     return Built(

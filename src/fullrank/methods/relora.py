@@ -39,12 +39,15 @@ from fullrank.factors import (
     WarmStart,
     cosine,
     find_pairs,
+    refuse_left_behind,
+    refuse_mixed_types,
     reset_states,
 )
 from fullrank.factors.quantized import is_quantized
 from fullrank.factors.training import cycles_of, divide, factor_problems, make_optimizer, planned_state_bytes
 from fullrank.methods.base import Built, Method
 from fullrank.ops.seeded import seeded
+from fullrank.sharding import local, reshard, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +82,10 @@ class ReLoRA:
     """Restarts for LoRA factors in any training loop.
 
     Call ``step()`` after every ``optimizer.step()``, and step the scheduler that ``scheduler`` or ``jagged`` makes.
+    Under FSDP2 make it after ``fully_shard``; a restart is a collective then, which all processes reach together.
 
     Args:
-        model: A PEFT LoRA model, or a list of ``LowRankPair``.
+        model: A PEFT LoRA model, or a list of ``LowRankPair``; as it trains, so already sharded under FSDP2.
         optimizer: Trains the factors (and whatever else); with a warm start the weights too.
         restart_every: Length of a cycle (optimizer steps); None: never, which is LoRA.
         restart_warmup_steps: Steps in which the learning rate rises after a restart.
@@ -98,7 +102,8 @@ class ReLoRA:
 
     Raises:
         ConfigError: For an option out of bounds, a model without factors, or an optimizer that does not train them.
-        UnsupportedError: For adapters that are no plain product (DoRA), or sharded parameters.
+        UnsupportedError: For adapters that are no plain product (DoRA), or parameters that are sharded in a way that
+            cannot work.
     """
 
     def __init__(
@@ -140,7 +145,11 @@ class ReLoRA:
         """Optimizer steps taken."""
         self.last_restart: Restart | None = None
         self._check_optimizer()
-        self.warm_start = WarmStart(self.pairs, optimizer, warm_start_steps, others=warm_start_only)
+        self._model = model if isinstance(model, nn.Module) else None
+        self.warm_start = WarmStart(self.pairs, optimizer, warm_start_steps, others=warm_start_only, model=self._model)
+        if self._model is not None:
+            both = (p for pair in self.pairs for p in (pair.weight, *pair.parameters()))
+            refuse_mixed_types(self._model, (*both, *warm_start_only) if warm_start_steps else ())
         self.at_step(0)
         self._has_stepped = False
         self._num_idle = 0
@@ -204,6 +213,8 @@ class ReLoRA:
 
     def after_step(self, step: int) -> Restart | None:
         """The same with the number of optimizer steps taken so far, for loops that count."""
+        if self.num_steps == 0 or self.cycles.begins_after(step):
+            refuse_left_behind(self.pairs)
         self.num_steps = step
         self.warm_start.after_step(step)
         return self.restart() if self.cycles.begins_after(step) else None
@@ -215,11 +226,18 @@ class ReLoRA:
 
     @torch.no_grad()
     def restart(self) -> Restart:
-        """Merge all factors, start them again, reset their moments; the model's function stays."""
+        """Merge all factors, start them again, reset their moments; the model's function stays.
+
+        A collective if they are sharded; what it reports is the same in all processes.
+        """
+        if self._model is not None:
+            reshard(self._model)  # what an evaluation has left gathered would not see the merge
         merged, reset = Merge(0.0, 0.0), Reset(0, 0)
         for number, pair in enumerate(self.pairs):
             drawn = seeded(self.seed, self.num_steps, number)
-            rounding = seeded(self.seed, self.num_steps, number, device=pair.weight.device)
+            split = split_of(pair.weight)
+            part = (split.part,) if split is not None and split.is_cut else ()  # of HSDP's copies the same
+            rounding = seeded(self.seed, self.num_steps, number, *part, device=local(pair.weight).device)
             merged += pair.merge_(generator=rounding, stochastic=self.merge_rounding == "stochastic")
             pair.reinit_(drawn)
             reset += reset_states(
@@ -308,7 +326,7 @@ def build(model: nn.Module, config: ReloraConfig) -> Built:
     cycles = checked_cycles(config)
     parts = divide(model, config)
     relora = ReLoRA(
-        parts.pairs,
+        model,
         make_optimizer(parts, config),
         **dataclasses.asdict(cycles),
         reset=config.reset,

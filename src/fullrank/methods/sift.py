@@ -30,20 +30,16 @@ from fullrank.errors import ConfigError
 from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
 from fullrank.ops.seeded import seeded
-from fullrank.optimizer import AdamConfig, adam_problems, is_number
-from fullrank.sharding import refuse_several_processes
+from fullrank.optimizer import AdamConfig, adam_problems
+from fullrank.sharding import local, process_number, whole
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.seat import SUFFIX, divide, layout_of
+from fullrank.sparse.settings import num_chosen, refuse_for_spread, setting_problems
 from fullrank.sparse.training import SparseTraining
 from fullrank.sparse.weight import SparseWeight
 
 logger = logging.getLogger(__name__)
 
-CHOICES = {
-    "selection": ("gradient", "magnitude", "random"),
-    "scope": ("matrix", "model"),
-    "granularity": sparse.GRANULARITIES,
-}
 Chooser = Callable[[str, Tensor, Tensor, int], Any]
 """Name, weight, gradient and number of units -> the chosen units."""
 
@@ -56,6 +52,9 @@ class SIFT(SparseTraining):
     the optimizer its entries are written into the weight. Its ``idx`` holds the chosen places (flat,
     sorted); assigning them before the first backward pass (flat, or stacked per dimension) chooses by hand.
 
+    In several processes it is made on the plain model, which DistributedDataParallel wraps afterwards, or on the model
+    that ``fully_shard`` has sharded.
+
     Args:
         model: The model, with the weights that training starts from. What no pattern matches is frozen.
         sparse_rate: Share of the units of each matched weight that trains, above 0, at most 1.
@@ -67,8 +66,9 @@ class SIFT(SparseTraining):
         selection: What is chosen: the largest by ``gradient`` (the paper) or ``magnitude``, at ``random``, or
             what a function returns for (name, weight, gradient, number of units).
         selection_batches: Backward passes whose summed gradient decides; it is held, dense, for so long.
-        scope: Choose in each ``matrix`` (the paper), or where the whole ``model`` has its largest scores; then
-            all dense gradients of the deciding batches are held at once.
+        scope: Choose in each ``matrix`` (the paper), as many in each ``row``, or where the whole ``model`` has its
+            largest scores; then all dense gradients of the deciding batches are held at once. A sharded model needs
+            ``row``, in which every entry of a vector is a row and trains.
         granularity: Unit of choice: ``entry`` (the paper), or ``row`` or ``block`` of linear layers, for which
             the backward pass computes only the chosen part of the weight gradient. Biases go by entry.
         block_size: Side of a block (entries); divides both sides of each matched matrix.
@@ -78,7 +78,7 @@ class SIFT(SparseTraining):
 
     Raises:
         ConfigError: A pattern without a match, a value out of bounds, a weight that cannot be trained so.
-        UnsupportedError: In a run of several processes, or for sharded weights.
+        UnsupportedError: For weights that are sharded in a way, or with settings, that cannot be trained.
     """
 
     def __init__(
@@ -99,7 +99,6 @@ class SIFT(SparseTraining):
         seed: int = 0,
         keep_base: bool = True,
     ) -> None:
-        refuse_several_processes("SIFT")
         self.chooser = selection if callable(selection) else None
         settings = {
             "density": sparse_rate,
@@ -115,13 +114,13 @@ class SIFT(SparseTraining):
         if problems := setting_problems(settings):
             raise ConfigError(" ".join(problems))
         targets, dense, frozen = divide(model, sparse_module, exception)
-        layouts = {name: layout_of(model, name, weight, granularity, block_size) for name, weight in targets.items()}
+        layouts = {name: layout_of(model, name, w, granularity, block_size, scope) for name, w in targets.items()}
         weights = [
-            SparseWeight(
-                name, weight, layouts[name], num_chosen(sparse_rate, layouts[name].num_units), keep_base=keep_base
-            )
+            SparseWeight(name, weight, layouts[name], num_chosen(sparse_rate, layouts[name]), keep_base=keep_base)
             for name, weight in targets.items()
         ]
+        if any(part.split is not None for part in weights):
+            refuse_for_spread(settings)
         super().__init__(
             model,
             weights,
@@ -187,11 +186,12 @@ class SIFT(SparseTraining):
             chosen = {part: self._ask(part) for part in ready}
         elif self.settings["scope"] == "matrix":
             chosen = {part: sparse.top_units(self._scores(part), part.num_units) for part in ready}
+        elif self.settings["scope"] == "row":
+            chosen = {part: sparse.top_of_rows(self._scores(part), part.num_units, part.own_layout) for part in ready}
         else:
             numbers = sparse.top_of_all([self._scores(part) for part in ready], sum(part.num_units for part in ready))
             chosen = dict(zip(ready, numbers, strict=True))
-        for part, units in chosen.items():
-            part.settle(units)
+        self.settle(chosen)
 
     def _open_parts(self) -> list[SparseWeight]:
         """The weights whose choice is open; not those chosen by hand that wait for their first gradient."""
@@ -201,8 +201,8 @@ class SIFT(SparseTraining):
         """What the caller's function chooses."""
         assert self.chooser is not None
         assert part.pending is not None
-        chosen = self.chooser(part.name, part.weight.detach(), part.pending, part.num_units)
-        return parse_units(chosen, part.layout, name=part.name)
+        chosen = self.chooser(part.name, local(part.weight).detach(), part.pending, part.num_units)
+        return parse_units(chosen, part.own_layout, name=part.name)
 
     def refuse_stuck(self) -> None:
         """Raise ConfigError if the choice waits for weights that took no part in the batches that decide."""
@@ -217,16 +217,21 @@ class SIFT(SparseTraining):
 
     @torch.no_grad()
     def _scores(self, part: SparseWeight) -> Tensor:
-        """The score of every unit of a weight (flat)."""
+        """The score of every unit of what this process holds of a weight (flat)."""
         if self.settings["selection"] == "random":
             generator = seeded(self.settings["seed"], self.weights.index(part), part.steps)
-            return torch.rand(part.layout.num_units, generator=generator).to(part.weight.device)
-        by = part.weight.detach() if self.settings["selection"] == "magnitude" else part.pending
+            scores = torch.rand(part.layout.num_units, generator=generator)
+            if part.split is not None:
+                scores = part.own_rows(scores.view(part.layout.rows, -1)).reshape(-1)
+            return scores.to(part.weight.device)
+        by = local(part.weight).detach() if self.settings["selection"] == "magnitude" else part.pending
         assert by is not None
-        return sparse.unit_scores(by.abs(), part.layout)
+        return sparse.unit_scores(by.abs(), part.own_layout)
 
     def save_adapter(self, folder: str | Path, *, dtype: str = "bfloat16") -> int:
         """Write what training changed as a small file (4 + 2 bytes an entry in bfloat16); returns its bytes.
+
+        The first of several processes writes it, the others return 0. All must call it where weights are sharded.
 
         Raises:
             ConfigError: If nothing has trained yet, ``keep_base`` is off, or dtype is neither bfloat16 nor float32.
@@ -235,36 +240,18 @@ class SIFT(SparseTraining):
             raise ConfigError("an adapter needs what the entries were before training. Make SIFT with keep_base=True.")
         if not self.base:
             raise ConfigError("there is nothing to save: no gradient has been seen yet. Train first.")
-        changes = {part.name: Change(*part.delta(), part.layout) for part in self.weights if part.index is not None}
+        writes = process_number() == 0
+        changes: dict[str, Change] = {}
+        for part in self.weights:
+            if part.index is not None:
+                change = Change(*part.delta(), part.layout)
+                changes |= {part.name: change} if writes else {}
+        dense = {name: whole(weight.detach()) for name, weight in self.dense.items()}
+        if not writes:
+            return 0
         return save_adapter(
-            folder, changes, self.dense, base=self.base, settings=self.settings, model=self.model, dtype=dtype
+            folder, changes, dense, base=self.base, settings=self.settings, model=self.model, dtype=dtype
         )
-
-
-def setting_problems(settings: dict[str, Any]) -> list[str]:
-    """What is wrong with the settings of a SIFT, one sentence each."""
-    density, problems = settings["density"], []
-    if not is_number(density) or not 0.0 < density <= 1.0:
-        problems.append(f"density (sparse_rate) must be above 0 and at most 1, got {density!r}. 0.01 is 1%.")
-    for key, choices in CHOICES.items():
-        if settings[key] not in choices and not (key == "selection" and settings[key] == "function"):
-            problems.append(f"{key} must be one of {', '.join(choices)}, got {settings[key]!r}.")
-    for key in ("selection_batches", "block_size", "reselect_every"):
-        value = settings[key]
-        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1) and not (
-            key == "reselect_every" and value is None
-        ):
-            problems.append(f"{key} must be a whole number, at least 1, got {value!r}.")
-    if not isinstance(settings["seed"], int) or isinstance(settings["seed"], bool) or settings["seed"] < 0:
-        problems.append(f"seed must be a whole number, at least 0, got {settings['seed']!r}.")
-    if settings["scope"] == "model" and (settings["granularity"] != "entry" or settings["selection"] == "function"):
-        problems.append("scope model compares entries by one score. Use granularity entry and a selection by name.")
-    return problems
-
-
-def num_chosen(density: float, num_units: int) -> int:
-    """How many units train: the share rounded down, plus one, as in the authors' code."""
-    return min(int(density * num_units) + 1, num_units)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,8 +272,8 @@ class SiftConfig(AdamConfig):
     """What is chosen: the largest by |gradient| (the paper's) or by |weight|, or at random."""
     selection_batches: int = 1
     """Backward passes whose summed gradient decides (micro-batches)."""
-    scope: Literal["matrix", "model"] = "matrix"
-    """Choose in each matrix (the paper's), or where the whole model has its largest scores."""
+    scope: Literal["matrix", "model", "row"] = "matrix"
+    """Choose in each matrix (the paper's), where the whole model has its largest scores, or as many in each row."""
     granularity: Literal["entry", "row", "block"] = "entry"
     """Unit of choice: single entries (the paper's), or rows or blocks, whose backward pass is cheaper."""
     block_size: int = 32
@@ -339,8 +326,8 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
     targets, dense, _ = divide(model, config.target_modules, config.exception)
     total = sum(2 * p.numel() * p.element_size() + 4 for p in dense.values())
     for name, weight in targets.items():
-        layout = layout_of(model, name, weight, config.granularity, config.block_size)
-        units = num_chosen(config.density, layout.num_units)
+        layout = layout_of(model, name, weight, config.granularity, config.block_size, config.scope)
+        units = num_chosen(config.density, layout) * (layout.rows if layout.per_row else 1)
         value = torch.promote_types(weight.dtype, torch.float32).itemsize
         total += units * layout.unit_numel * (3 * value + (weight.element_size() if config.keep_base else 0))
         total += units * layout.index_dtype.itemsize + 4

@@ -20,6 +20,9 @@ class Observer(Protocol):
     def stepped(self, optimizer: Optimizer) -> None:
         """The optimizer has just stepped."""
 
+    def own_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer is to load in place of a state: of this process, where it is of all."""
+
     def check_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """The optimizer is about to load a state; raise to refuse it, before anything changes."""
 
@@ -48,6 +51,8 @@ def _install() -> None:
     @functools.wraps(original)
     def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
         observers = list(_observers)
+        for observer in observers:
+            state_dict = observer.own_state(self, state_dict)
         for observer in observers:
             observer.check_load(self, state_dict)
         original(self, state_dict)

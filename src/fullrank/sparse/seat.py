@@ -11,16 +11,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.ops.sliced import SlicedLinear
 from fullrank.ops.sparse import Layout
 from fullrank.params import match_parameters
-from fullrank.sharding import is_sharded
+from fullrank.sharding import refuse_flattened, split_of
 from fullrank.sparse.weight import SparseWeight
 
 SUFFIX = "_sparse"
+ANCHOR = "anchor" + SUFFIX
 
 Receiver = Callable[[SparseWeight, nn.Parameter], None]
 """Takes the gradient of a weight that has just been accumulated."""
@@ -38,8 +40,7 @@ class Seat:
         sparse.weight.requires_grad_(True)
         module.register_parameter(attribute + SUFFIX, sparse.values)
         self._handles = [
-            module.register_state_dict_post_hook(partial(_leave_out, attribute + SUFFIX)),
-            module.register_load_state_dict_pre_hook(partial(_fill_in, attribute + SUFFIX)),
+            *_hide(module, attribute + SUFFIX),
             module.register_load_state_dict_post_hook(self._after_load),
         ]
         self.listen(receiver)
@@ -105,6 +106,35 @@ class Seat:
         self.sparse.read_again()
 
 
+class Anchor:
+    """A parameter of one number that never changes, for DDP, which needs one to reduce where it has no other.
+
+    Args:
+        module: That holds a sparse weight. The model's own would come first of all, where many look for a device.
+        like: The weight.
+    """
+
+    def __init__(self, module: nn.Module, like: Tensor) -> None:
+        self.module = module
+        self.parameter = nn.Parameter(torch.zeros((), dtype=like.dtype, device=like.device))
+        module.register_parameter(ANCHOR, self.parameter)
+        self._handles = _hide(module, ANCHOR)
+
+    def leave(self) -> None:
+        """Take it out of the model again."""
+        for handle in self._handles:
+            handle.remove()
+        del self.module._parameters[ANCHOR]
+
+
+def _hide(module: nn.Module, attribute: str) -> list[Any]:
+    """Keep a parameter out of a module's ``state_dict``."""
+    return [
+        module.register_state_dict_post_hook(partial(_leave_out, attribute)),
+        module.register_load_state_dict_pre_hook(partial(_fill_in, attribute)),
+    ]
+
+
 def _weakly(receiver: Receiver, sparse: SparseWeight) -> Callable[[nn.Parameter], None]:
     """A hook that keeps nothing alive: autograd holds hooks where the garbage collector cannot see a cycle."""
     receive, held = weakref.WeakMethod(receiver), weakref.ref(sparse)
@@ -146,13 +176,17 @@ def divide(
     return sparse_ones, dense, {name: parameter for name, parameter in rest.items() if name not in dense}
 
 
-def layout_of(model: nn.Module, name: str, weight: nn.Parameter, granularity: str, block_size: int) -> Layout:
+def layout_of(
+    model: nn.Module, name: str, weight: nn.Parameter, granularity: str, block_size: int, scope: str = "matrix"
+) -> Layout:
     """How a matched weight is divided into units; refuses one that cannot be trained so."""
-    if is_sharded(weight):
-        raise UnsupportedError(f"SIFT cannot train the sharded weight {name} yet. Train without FSDP.")
+    refuse_flattened(weight, name=name, user="SIFT")
+    _refuse_spread(name, weight, scope)
     if not weight.is_floating_point() or not weight.numel():
         raise ConfigError(f"SIFT cannot train {name}: {weight.numel()} entries of {weight.dtype}. Leave it out.")
     shape = tuple(weight.shape)
+    if scope == "row":
+        return Layout(shape, per_row=True)
     if granularity == "entry" or weight.ndim < 2:
         return Layout(shape)
     names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
@@ -171,6 +205,22 @@ def layout_of(model: nn.Module, name: str, weight: nn.Parameter, granularity: st
             "use granularity row."
         )
     return Layout(shape, "block", block_size)
+
+
+def _refuse_spread(name: str, weight: nn.Parameter, scope: str) -> None:
+    """Raise UnsupportedError for a weight that is spread over processes in a way that cannot be trained."""
+    split = split_of(weight, name=name)
+    if split is not None and scope != "row":
+        raise UnsupportedError(
+            f"{name} is sharded, and a choice over a whole weight gives every part of it another number of entries, "
+            "which no DTensor can hold and no other number of processes could take over. Choose the same number in "
+            "each row, by scope row and granularity entry, or train under DistributedDataParallel."
+        )
+    if split is not None and split.dim:
+        raise UnsupportedError(
+            f"{name} of shape {tuple(weight.shape)} is cut along dimension {split.dim}, and SIFT chooses within rows. "
+            "Leave shard_placement_fn out for it, so that fully_shard cuts it along the first one."
+        )
 
 
 def require_inputs_grad(model: nn.Module) -> Any:

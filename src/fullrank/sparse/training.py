@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from fullrank.adapter import fingerprint
 from fullrank.errors import CheckpointError, UnsupportedError
-from fullrank.sharding import refuse_several_processes
+from fullrank.sharding import any_part, gradient_of, is_fully_sharded, is_sharded, local, num_processes, part_of
 from fullrank.sparse.observe import observe
-from fullrank.sparse.seat import Seat, find_module, require_inputs_grad
+from fullrank.sparse.replicas import Replicas
+from fullrank.sparse.saved import check, keep_place_in, keep_with, refuse_foreign, restore
+from fullrank.sparse.seat import Anchor, Seat, find_module, require_inputs_grad
 from fullrank.sparse.weight import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,16 @@ class SparseTraining(ABC):
         for parameter in self._trained:
             parameter.requires_grad_(any(parameter is p for p in dense.values()))
         self._seats = [Seat(part, *place, self._on_gradient) for part, place in zip(weights, places, strict=True)]
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        whole = [part for part in weights if part.split is None]
+        needs_anchor = whole and not dense and num_processes() > 1
+        self._anchor = Anchor(places[0][0], weights[0].weight) if needs_anchor else None
+        anchor = None if self._anchor is None else self._anchor.parameter
+        self._replicas = Replicas(model, whole, anchor, self._decide)
+        self._handles = [
+            # before that of FSDP2, which gathers what this one may still write
+            model.register_forward_pre_hook(self._before_forward, prepend=len(whole) < len(weights)),
+            model.register_forward_hook(self._after_forward),
+        ]
         if inputs_grad:
             self._handles.append(require_inputs_grad(model))
         observe(self)
@@ -92,7 +103,8 @@ class SparseTraining(ABC):
     # A gradient: gathered and freed; while a choice is open, held until it is made.
 
     def _on_gradient(self, part: SparseWeight, weight: nn.Parameter) -> None:
-        grad, weight.grad = weight.grad, None
+        grad = gradient_of(weight) if weight.grad is not None else None
+        weight.grad = None
         if grad is None:
             raise UnsupportedError(
                 f"the gradient of {part.name} was not kept: a backward pass went through a graph from before its "
@@ -100,17 +112,23 @@ class SparseTraining(ABC):
             )
         if grad.layout != torch.strided:
             raise UnsupportedError(f"SIFT does not take sparse gradients, got one for {part.name}. Set sparse=False.")
-        if not self.base:
-            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
-        if (units := part.given_units()) is not None:
+        self._take_fingerprint()
+        is_copied = self._replicas.holds(part)
+        if not is_copied and (units := part.given_units()) is not None:
             part.choose(units)
         if not part.choosing:
             part.receive(grad)
-            return
-        if self._overflown is not None and _has_overflown(self._overflown.values.grad):
+        elif is_copied:
+            self._replicas.offer(part, grad)
+        else:
+            self._decide(part, grad)
+
+    def _decide(self, part: SparseWeight, grad: Tensor) -> None:
+        """Hold a gradient that an open choice waits for, the same in all processes or each its part, and choose."""
+        if self._overflown is not None and _has_overflown(self._overflown, self._overflown.values.grad):
             return  # this step will be skipped
         self._overflown = None
-        if _has_overflown(grad):  # nothing to choose by: pass it on, as dense training would
+        if _has_overflown(part, grad):  # nothing to choose by: pass it on, as dense training would
             part.values.grad = torch.full_like(part.values, torch.nan)
             self._overflown = part
             for other in self.weights:
@@ -119,8 +137,21 @@ class SparseTraining(ABC):
         part.hold(grad)
         self.choose_open()
 
+    def settle(self, chosen: dict[SparseWeight, Tensor]) -> None:
+        """Train these units from now on, in all processes."""
+        for part, units in self._replicas.same_for_all(chosen).items():
+            part.settle(units)
+
+    def _take_fingerprint(self) -> None:
+        if not self.base:
+            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
+
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        refuse_several_processes("SIFT")
+        if torch.is_grad_enabled():
+            self._refuse_sharded_later()
+            self._replicas.before_forward()
+            if any(part.split is not None for part in self.weights):
+                self._take_fingerprint()  # together: every process comes by here
         for seat in self._seats:
             part = seat.sparse
             seat.refuse_cast()
@@ -136,6 +167,16 @@ class SparseTraining(ABC):
             if part.layout.granularity != "entry" and not part.choosing and not seat.is_sliced:
                 seat.slice()
 
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._replicas.after_forward(output)
+
+    def _refuse_sharded_later(self) -> None:
+        if not self.base and all(part.split is None for part in self.weights) and is_fully_sharded(self.model):
+            raise UnsupportedError(
+                "the model was sharded by fully_shard after SIFT was made, which trains the parameters of before. Call "
+                'fully_shard first, then make SIFT with scope="row".'
+            )
+
     # An optimizer, whichever it is: its steps reach the weights, its state holds ours.
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -147,17 +188,21 @@ class SparseTraining(ABC):
         for seat in self._seats:
             seat.refuse_replaced()
         self.refuse_stuck()
+        if any(part.split is not None for part in self.weights):
+            self._take_fingerprint()  # so that a state has all its keys after a first step of any kind
         self._warn_if_idle([part for _, part in mine])
         for group in optimizer.param_groups:
             names = self._names(group)
             group[GROUP] = {**self.settings, "base": self.base, "weights": names, "by_hand": [], "waiting": {}}
         for group, part in mine:
             state = optimizer.state[part.values]
-            part.refuse_foreign(state)
+            refuse_foreign(part, state)
             part.owner = weakref.ref(optimizer)
             part.end_step()
             if part.index is not None and (state or part.values.grad is not None):
-                part.keep_with(state)
+                keep_with(part, state)
+            elif part.index is None and state and part.layout.per_row:
+                keep_place_in(part, state)
             if part.index is not None and self._is_due(part):
                 self._reopen(part)
             if part.by_hand:
@@ -188,7 +233,17 @@ class SparseTraining(ABC):
                         "Make it with the settings it was saved with."
                     )
             if saved:
-                part.check(saved)
+                check(part, saved)
+
+    def own_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A saved state, spread as the parameters are where it is whole."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(p in self._by_values for p in parameters) or not any(is_sharded(p) for p in parameters):
+            return state_dict
+        numbers = [number for group in state_dict.get("param_groups", ()) for number in group["params"]]
+        owners = dict(zip(numbers, parameters, strict=False))
+        states = state_dict.get("state", {}).items()
+        return {**state_dict, "state": {number: _spread(state, owners.get(number)) for number, state in states}}
 
     def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
@@ -201,9 +256,12 @@ class SparseTraining(ABC):
             self._reopen(part)
             part.by_hand = part.name in was.get("by_hand", ())
             if saved:
-                part.restore(saved)
-                part.keep_with(optimizer.state[part.values])
-                part.choosing = self._is_due(part)
+                restore(part, saved)
+                if part.index is not None:
+                    keep_with(part, optimizer.state[part.values])
+                    part.choosing = self._is_due(part)
+                else:
+                    keep_place_in(part, optimizer.state[part.values])
             if part.name in was.get("waiting", {}):
                 part.wait_again(was["waiting"][part.name])
 
@@ -238,13 +296,17 @@ class SparseTraining(ABC):
 
     def detach(self) -> None:
         """Leave the model as a plain one, with its trained weights; this SIFT is then done: steps have no effect."""
+        if self._seats:
+            self._replicas.leave()
+        if self._anchor is not None:
+            self._anchor.leave()
         for seat in self._seats:
             seat.leave()
         for handle in self._handles:
             handle.remove()
         for parameter, trained in self._trained.items():
             parameter.requires_grad_(trained)
-        self._by_values, self._handles, self._trained, self._seats = {}, [], {}, []
+        self._by_values, self._handles, self._trained, self._seats, self._anchor = {}, [], {}, [], None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that trains the copied model: hooks on tensors are not copied by torch."""
@@ -270,5 +332,18 @@ def _difference(was: list[list[str]], now: list[list[str]]) -> str:
     return moved[0] if moved else f"this SIFT is on {here[0]} ({len(here)} in all)"
 
 
-def _has_overflown(grad: Tensor | None) -> bool:
-    return grad is not None and not bool(grad.isfinite().all())
+def _has_overflown(part: SparseWeight, grad: Tensor | None) -> bool:
+    """Whether a gradient is not finite, in any process that holds a part of it."""
+    return grad is not None and any_part(~local(grad).isfinite().all(), part.split)
+
+
+def _spread(state: dict[str, Any], parameter: Tensor | None) -> dict[str, Any]:
+    """A parameter's state whose tensors of its shape are spread as it is."""
+    if parameter is None or not is_sharded(parameter):
+        return state
+    return {
+        key: part_of(value, parameter)
+        if torch.is_tensor(value) and not is_sharded(value) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }

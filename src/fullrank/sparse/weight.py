@@ -6,32 +6,42 @@ a step they are written back into the weight.
 
 Memory for K chosen entries of a weight in bfloat16: values 4 K, gradient 4 K, index 4 K (entries) bytes on
 the device, and 2 K on the host, the entries as they were, from which a small file is written.
+
+Where the weight is spread over processes by its rows, each process works on its own, and what is kept is spread alike.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fullrank.errors import CheckpointError, ConfigError
+from fullrank.errors import ConfigError
 from fullrank.ops import sparse
 from fullrank.ops.sparse import Layout
 from fullrank.optimizer import GUEST
+from fullrank.sharding import is_sharded, local, make_state, split_of, spread, whole
 from fullrank.sparse.given import parse_units
-
-INDEX, VALUES, BASE, TOUCHED, STEPS = (GUEST + key for key in ("index", "values", "base", "touched", "steps"))
-"""Keys of what is kept beside an optimizer's own state of the values, so that both are saved together."""
+from fullrank.sparse.saved import INDEX, keep_with
 
 
 class SparseWeight:
     """A weight, the units of it that train, and their values.
 
     ``values`` (K) is the parameter to give to an optimizer. Its attribute ``idx`` is the set of chosen
-    units, None before the first backward pass; what is assigned to it before that is the choice.
+    units, None before the first backward pass; what is assigned to it before that is the choice. Where each row has the
+    same number of chosen entries, both are M x k, ``idx`` the columns of each row.
+
+    Args:
+        name: Of the weight.
+        weight: A plain one, or a DTensor whose rows are spread over processes.
+        layout: How the whole weight is divided into units.
+        num_units: How many units train; of each row, where all rows have the same number.
+        keep_base: Keep what the entries were before they trained, from which a small file is written.
     """
 
     def __init__(
@@ -42,9 +52,13 @@ class SparseWeight:
         self.layout = layout
         self.num_units = num_units
         self.keep_base = keep_base
-        """Whether what the entries were before they trained is kept, from which a small file is written."""
-        values: Any = nn.Parameter(weight.detach().new_zeros(num_units * layout.unit_numel, dtype=self.values_dtype))
-        values.idx, values.train_num = None, num_units
+        self.split = split_of(weight, name=name)
+        self.own_layout = dataclasses.replace(layout, shape=tuple(local(weight).shape))
+        """How what this process holds of the weight is divided."""
+        self.how = "rows" if self.split is not None and self.split.dim == 0 else "whole"
+        shape = (layout.rows, num_units) if layout.per_row else (num_units * layout.unit_numel,)
+        values: Any = nn.Parameter(make_state(shape, self.values_dtype, weight, self.split, self.how))
+        values.idx, values.train_num = None, num_units * (layout.rows if layout.per_row else 1)
         self.values = values
         self.index: Tensor | None = None
         self.by_hand = False
@@ -58,23 +72,26 @@ class SparseWeight:
         self._pending_since = 0
         self._num_held = 1
         """Steps whose gradients the step at hand takes together, as their mean."""
-        self._kept: Tensor | None = None
-        self._written = self.values._version
+        self.kept: Tensor | None = None
+        """The index that is beside an optimizer's state."""
+        self._written = local(self.values)._version
         """Version of the values that the weight holds."""
-        self._seen = weight._version
+        self._seen = local(weight)._version
         """Version of the weight that the values were read from or written to."""
-        self._touched: Tensor | None = None
-        self._base: Tensor | None = None
+        self.touched: Tensor | None = None
+        """Units that have ever trained, as the index is kept; by their numbers once they are no longer the index."""
+        self.base: Tensor | None = None
+        """What these were before they trained: on the host, or spread as the values are."""
 
     def receive(self, grad: Tensor) -> None:
-        """Add the chosen part of a dense gradient (shape of the weight) to the values' gradient."""
-        compact = sparse.take(grad.detach(), self._index_here(), self.layout).to(self.values.dtype)
+        """Add the chosen part of a dense gradient (of what this process holds) to the values' gradient."""
+        compact = self.as_values(sparse.take(grad.detach(), self._units(), self.own_layout).to(self.values.dtype))
         if self._num_held > 1:
-            compact.div_(self._num_held)
+            local(compact).div_(self._num_held)
         if self.values.grad is None:
             self.values.grad = compact
         else:
-            self.values.grad.add_(compact)
+            local(self.values.grad).add_(local(compact))
 
     def hold(self, grad: Tensor) -> None:
         """Add a dense gradient to what an open choice will be made by."""
@@ -98,37 +115,54 @@ class SparseWeight:
 
     def waiting(self) -> tuple[Tensor, int, int, int]:
         """What to save of a choice that is still open."""
-        assert self.pending is not None
-        return self.pending, self.num_pending, self._pending_since, self.steps
+        pending = self.pending
+        assert pending is not None
+        if self.split is not None:
+            pending = spread(pending, self.layout.shape, self.split, "like")
+        return pending, self.num_pending, self._pending_since, self.steps
 
     def wait_again(self, saved: tuple[Tensor, int, int, int]) -> None:
         """Go on with an open choice that was saved."""
         pending, self.num_pending, self._pending_since, self.steps = saved
-        self.pending, self.choosing = pending.to(self.weight.device, copy=True), True
+        part = local(pending) if is_sharded(pending) else self.own_rows(pending)
+        self.pending, self.choosing = part.to(self.weight.device, copy=True), True
 
     @torch.no_grad()
     def choose(self, units: Tensor) -> None:
-        """Train these units (sorted) from now on; values and moments of those that stay are kept."""
+        """Train these units from now on; values and moments of those that stay are kept.
+
+        Args:
+            units: Of what this process holds: sorted numbers, or the sorted columns of each row.
+        """
         new = units.to(device=self.weight.device, dtype=self.layout.index_dtype)
-        old, size = self.index, self.layout.unit_numel
-        values = sparse.take(self.weight.detach(), new, self.layout).to(self.values_dtype)
+        if self.split is not None and new.shape != (self.own_layout.rows, self.num_units):
+            raise ConfigError(
+                f"{self.name} is spread over processes, so {self.num_units} entries of each row train, got units of "
+                f"shape {tuple(new.shape)}. Choose so many columns of each row."
+            )
+        old = None if self.index is None else self._units()
+        self.num_units = new.shape[-1]
+        numbers, size = sparse.flat_units(new, self.own_layout), self.layout.unit_numel
+        values = sparse.take(self._here(), numbers, self.own_layout).to(self.values_dtype)
         if old is not None:
-            old = self._index_here()
-            stay = sparse.shared_units(old, new)
-            values.view(-1, size)[stay[1]] = self.values.detach().view(-1, size)[stay[0]]
+            stay = sparse.shared_units(old, numbers)
+            values.view(-1, size)[stay[1]] = local(self.values).detach().view(-1, size)[stay[0]]
             for key, moment in self._moments().items():
-                self._state()[key] = sparse.carry(moment, stay, len(new), unit_numel=size)
-        self._remember(new)
-        if old is None or values.shape != self.values.shape or values.dtype != self.values.dtype:
-            self.values.data = values
+                carried = sparse.carry(local(moment), stay, len(numbers), unit_numel=size)
+                self._state()[key] = self.as_values(carried)
+        kept = self.as_values(new)
+        self._remember(kept, numbers)
+        fits = values.numel() == local(self.values).numel() and values.dtype == self.values.dtype
+        if self.split is None and (old is None or not fits):
+            self.values.data = self.as_values(values)
         else:
-            self.values.data.copy_(values)
+            local(self.values).data.view(-1).copy_(values)
         self.values.grad = None
-        self.index = self.values.idx = new
-        self.num_units = self.values.train_num = len(new)
+        self.index = self.values.idx = kept
+        self.values.train_num = kept.numel()
         self.choosing, self.pending, self.num_pending = False, None, 0
         if INDEX in (state := self._state()):
-            self.keep_with(state)  # index and moments change together, also for whoever saves before the next step
+            keep_with(self, state)  # index and moments change together, also for whoever saves before the next step
 
     def given_units(self) -> Tensor | None:
         """The units assigned to ``values.idx`` by hand, checked and sorted, or None.
@@ -144,90 +178,66 @@ class SparseWeight:
                 "already. Assign it before."
             )
         self.by_hand = True
-        return parse_units(self.values.idx, self.layout, name=self.name)
+        return self.own_rows(parse_units(self.values.idx, self.layout, name=self.name))
 
     @torch.no_grad()
     def end_step(self) -> None:
         """After an optimizer's step: write the values into the weight, in place."""
         self.steps += 1
         self._num_held = 1
-        self._write_back()
+        self.write_back()
 
     @torch.no_grad()
     def catch_up(self) -> None:
         """Follow a weight that was edited; write values that have changed, as in the middle of an L-BFGS step."""
-        if self.weight._version != self._seen:
+        if local(self.weight)._version != self._seen:
             self.read_again()
-        if self.values._version != self._written:
-            self._write_back()
+        if local(self.values)._version != self._written:
+            self.write_back()
 
-    def _write_back(self) -> None:
-        self._written = self.values._version
+    def write_back(self) -> None:
+        """Overwrite the chosen entries of the weight by the values."""
+        self._written = local(self.values)._version
         if self.index is not None:
-            sparse.put_(self.weight.detach(), self._index_here(), self.values.detach(), self.layout)
-        self._seen = self.weight._version
+            sparse.put_(self._here(), self._units(), local(self.values).detach().view(-1), self.own_layout)
+        self._seen = local(self.weight)._version
 
     @torch.no_grad()
     def read_again(self) -> None:
         """Take the values from a weight that was loaded, where they are not what they round to already."""
-        self._seen = self.weight._version
+        self._seen = local(self.weight)._version
         if self.index is None:
             return
-        found = sparse.take(self.weight.detach(), self._index_here(), self.layout)
-        kept = self.values.detach()
+        found = sparse.take(self._here(), self._units(), self.own_layout)
+        kept = local(self.values).data.view(-1)
         same = found == kept.to(found.dtype)
-        self.values.data.copy_(torch.where(same, kept, found.to(kept.dtype)))
+        kept.copy_(torch.where(same, kept, found.to(kept.dtype)))
 
     @torch.no_grad()
     def delta(self) -> tuple[Tensor, Tensor]:
-        """Every unit that has trained (host), and what training added to its entries (K, host, full precision)."""
-        if self.index is None or self._touched is None or self._base is None:
-            return torch.empty(0, dtype=self.layout.index_dtype), torch.empty(0, dtype=self.values.dtype)
-        touched, size = self._touched.to(self.weight.device), self.layout.unit_numel
-        now = sparse.take(self.weight.detach(), touched, self.layout).to(self.values.dtype)
-        stay = sparse.shared_units(self._index_here(), touched)
-        now.view(-1, size)[stay[1]] = self.values.detach().view(-1, size)[stay[0]]
-        return touched.cpu(), now.cpu() - self._base.to(now.dtype)
+        """Every unit that has trained (host), and what training added to its entries (K, host, full precision).
 
-    def keep_with(self, state: dict[str, Any]) -> None:
-        """Put index, values and record beside an optimizer's own state of the values."""
-        self._kept = self._index_here()
-        state[INDEX], state[VALUES], state[STEPS] = self._kept, self.values.detach(), self.steps
-        if self.keep_base:
-            state[TOUCHED], state[BASE] = self._touched, self._base
-
-    def refuse_foreign(self, state: dict[str, Any]) -> None:
-        """Refuse a state that came to the optimizer without this SIFT knowing of it."""
-        if INDEX in state and state[INDEX] is not self._kept:
-            raise CheckpointError(
-                f"the optimizer was given a saved state of {self.name} past torch.optim.Optimizer.load_state_dict, so "
-                "its entries are not the ones that train. Load it through that method, after SIFT was made."
-            )
-
-    def check(self, saved: dict[str, Any]) -> None:
-        """Refuse a saved state that is not of this weight.
-
-        Raises:
-            CheckpointError: If it holds no index, or one for another weight, granularity or density.
+        Both are of the whole weight; a collective, if that is spread over processes.
         """
-        hint = "Build the model and SIFT as they were when it was saved."
-        needed = {INDEX, VALUES, STEPS} | ({BASE, TOUCHED} if self.keep_base else set())
-        if not needed <= saved.keys():
-            raise CheckpointError(
-                f"this optimizer state holds no index for {self.name}: it was not trained by SIFT. {hint}"
+        if self.index is None or self.touched is None or self.base is None:
+            return torch.empty(0, dtype=self.layout.index_dtype), torch.empty(0, dtype=self.values.dtype)
+        if self.split is not None:  # what has trained is what trains
+            change = spread(
+                local(self.values).detach() - local(self.base).to(self.values.dtype),
+                self.values.shape,
+                self.split,
+                self.how,
             )
-        index, values = saved[INDEX], saved[VALUES]
-        if index.is_floating_point() or values.numel() != index.numel() * self.layout.unit_numel:
-            raise CheckpointError(
-                f"this optimizer state has {values.numel()} values at {index.numel()} places for {self.name}, whose "
-                f"units have {self.layout.unit_numel} entries. {hint}"
-            )
-        if not index.numel() or int(index.max()) >= self.layout.num_units or int(index.min()) < 0:
-            raise CheckpointError(f"this optimizer state has places outside {self.name} {self.layout.shape}. {hint}")
+            return sparse.flat_units(whole(self.index), self.layout).cpu(), whole(change).view(-1).cpu()
+        touched, size = self._touched_units(self.weight.device), self.layout.unit_numel
+        now = sparse.take(self._here(), touched, self.layout).to(self.values.dtype)
+        stay = sparse.shared_units(self._units(), touched)
+        now.view(-1, size)[stay[1]] = self.values.detach().view(-1, size)[stay[0]]
+        return touched.cpu(), now.cpu() - self.base.view(-1).to(now.dtype)
 
     def reset(self) -> None:
         """Forget the choice, and all that was trained by it, as before the first backward pass."""
-        self.index = self.values.idx = self._touched = self._base = self._kept = None
+        self.index = self.values.idx = self.touched = self.base = self.kept = None
         self.values.grad = self.pending = None
         self.num_pending = self.steps = 0
         self._num_held = 1
@@ -237,51 +247,60 @@ class SparseWeight:
         """Mend what a deep copy leaves out: attributes of a parameter, and the copied optimizer."""
         same = original.values.idx is original.index
         self.values.idx = self.index if same else copy.deepcopy(original.values.idx)
-        self.values.train_num, self._written = self.num_units, self.values._version
+        self.values.train_num, self._written = original.values.train_num, local(self.values)._version
         self.owner = weakref.ref(optimizer) if optimizer is not None else None
 
-    @torch.no_grad()
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from a saved state, bit for bit."""
-        device = self.weight.device
-        self.index = saved[INDEX].to(device=device, dtype=self.layout.index_dtype, copy=True)
-        if self.keep_base:
-            same = torch.equal(saved[TOUCHED].cpu(), saved[INDEX].cpu())
-            self._touched = self.index if same else saved[TOUCHED].to("cpu", copy=True)
-            self._base = saved[BASE].to("cpu", copy=True)
-        self.steps = int(saved[STEPS])
-        self.values.data = saved[VALUES].to(device=device, dtype=self.values_dtype, copy=True)
-        self.values.grad = None
-        self.values.idx, self.num_units = self.index, len(self.index)
-        self.values.train_num = self.num_units
-        self.choosing, self.pending, self.num_pending = False, None, 0
-        self._write_back()
-
-    def _remember(self, new: Tensor) -> None:
-        """Note what the newly chosen entries are before they train, on the host."""
+    def _remember(self, new: Tensor, numbers: Tensor) -> None:
+        """Note what the newly chosen entries are before they train, on the host; a spread weight's on the device."""
         if not self.keep_base:
             return
-        if self._touched is None or self._base is None:
-            self._touched = new
-            self._base = sparse.take(self.weight.detach(), new, self.layout).cpu()
+        if self.touched is None or self.base is None:
+            base = self.as_values(sparse.take(self._here(), numbers, self.own_layout))
+            self.touched, self.base = new, base if self.split is not None else base.cpu()
             return
-        size, touched = self.layout.unit_numel, self._touched.to(new.device)
-        first_time = torch.isin(new, touched, invert=True)
-        fresh = new[first_time]
+        size, touched = self.layout.unit_numel, self._touched_units(numbers.device)
+        first_time = torch.isin(numbers, touched, invert=True)
+        fresh = numbers[first_time]
         if not len(fresh):
             return
-        base = sparse.take(self.weight.detach(), fresh, self.layout).cpu()
+        base = sparse.take(self._here(), fresh, self.layout).cpu()
         together, order = torch.cat((touched, fresh)).sort()
-        self._touched = together.cpu()
-        self._base = torch.cat((self._base, base)).view(-1, size)[order.cpu()].view(-1)
+        self.touched = together.cpu()
+        self.base = torch.cat((self.base.view(-1), base)).view(-1, size)[order.cpu()].view(-1)
 
-    def _index_here(self) -> Tensor:
+    def _here(self) -> Tensor:
+        """What this process holds of the weight."""
+        return local(self.weight).detach()
+
+    def _units(self) -> Tensor:
+        """Sorted numbers of the chosen units of what this process holds."""
+        return sparse.flat_units(local(self.index_here()), self.own_layout)
+
+    def _touched_units(self, device: torch.device) -> Tensor:
+        assert self.touched is not None
+        touched = self.touched.to(device)
+        return sparse.flat_units(touched, self.layout) if touched.ndim == 2 else touched
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a whole tensor."""
+        return self.split.rows(tensor) if self.split is not None and self.split.dim == 0 else tensor
+
+    def as_values(self, part: Tensor) -> Tensor:
+        """Numbers of this process's chosen entries or units, in the shape of the values and spread as they are."""
+        if not self.layout.per_row:
+            return part
+        part = part.view(self.own_layout.rows, self.num_units)
+        if self.split is None:
+            return part
+        return spread(part, (self.layout.rows, self.num_units), self.split, self.how)
+
+    def index_here(self) -> Tensor:
         """The index on the weight's device, wherever the model was moved to."""
         assert self.index is not None
         if self.index.device != self.weight.device:
-            same = self._touched is self.index
+            same = self.touched is self.index
             self.index = self.values.idx = self.index.to(self.weight.device)
-            self._touched = self.index if same else self._touched
+            self.touched = self.index if same else self.touched
         return self.index
 
     @property

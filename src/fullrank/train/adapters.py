@@ -22,7 +22,9 @@ from fullrank.errors import ConfigError, first_line
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
 from fullrank.ops.seeded import seeded
 from fullrank.params import class_head, is_classifier
+from fullrank.sharding import is_sharded, process_number, whole
 from fullrank.train.report import write_whole
+from fullrank.train.sharded import whole_weights
 from fullrank.weights import plain_names
 
 ADAPTER = "default"
@@ -32,6 +34,9 @@ BASE = "base.json"
 
 class Adapters:
     """The LoRA layers of one model.
+
+    They are put on the plain model. It may be sharded afterwards (FSDP2): ``save``, ``save_plain`` and ``remove`` are
+    collectives then, which all processes call, and process 0 alone writes.
 
     Args:
         model: Gets the layers; its other parameters freeze.
@@ -69,16 +74,19 @@ class Adapters:
         return list(find_pairs(self.peft, adapter=ADAPTER))
 
     def save(self, folder: Path) -> int:
-        """Write a PEFT adapter, with whole what trained beside the factors; returns its bytes.
+        """Write a PEFT adapter, with whole what trained beside the factors.
 
-        ``PeftModel.from_pretrained(base, folder)`` loads it. A trained scale is folded into B.
+        ``PeftModel.from_pretrained(base, folder)`` loads it. A trained scale is folded into B. A collective if the
+        model is sharded: factors and what trained beside them are gathered.
+
+        Returns:
+            Its bytes; 0 in any process but the first, which alone writes.
         """
         config: Any = self.peft.peft_config[ADAPTER]
         tensors: dict[str, torch.Tensor] = {}
         pairs = self.pairs()
         for pair in pairs:
-            scale = pair.scale.detach().tanh() if isinstance(pair.scale, torch.Tensor) else pair.scale
-            b = pair.b.detach() * (scale / (config.lora_alpha / config.r))
+            b = whole(pair.b.detach()) * (pair.trained_scale() / (config.lora_alpha / config.r))
             tensors |= {f"{pair.name}.lora_A.weight": pair.a.detach(), f"{pair.name}.lora_B.weight": b}
         taken = {parameter for pair in pairs for parameter in (pair.weight, *pair.parameters())}
         # Under every name of a tied weight: PEFT unties what it keeps whole.
@@ -86,16 +94,23 @@ class Adapters:
         beside = {name: p.detach() for name, p in named if p.requires_grad and p not in taken}
         modules = {name.rpartition(".")[0] for name in beside}
         kept = {_outermost(module, beside, self.peft) for module in modules if not module.endswith(".base_layer")}
-        whole = sorted({_ending(module, kept, self.peft) for module in kept})
-        for module in kept:  # with what of it is frozen: PEFT puts modules back, not parameters
+        endings = sorted({_ending(module, kept, self.peft) for module in kept})
+        # With what of it is frozen: PEFT puts modules back, not parameters. Sorted, so that processes gather alike.
+        for module in sorted(kept):
             own = self.peft.get_submodule(module).named_parameters(remove_duplicate=False)
             beside |= {f"{module}.{name}": parameter.detach() for name, parameter in own}
         has_bias = any(module.endswith(".base_layer") for module in modules)
+        writes, saved = process_number() == 0, {}
+        for name, tensor in (tensors | beside).items():
+            gathered = whole(tensor)
+            if writes:
+                saved[name] = gathered.cpu().contiguous().clone()
+        if not writes:
+            return 0
         folder.mkdir(parents=True, exist_ok=True)
-        saved = {name: tensor.cpu().contiguous().clone() for name, tensor in (tensors | beside).items()}
         save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         changes = {
-            "modules_to_save": whole or None,
+            "modules_to_save": endings or None,
             "bias": "lora_only" if has_bias else "none",
             "task_type": "SEQ_CLS" if is_classifier(self.peft.get_base_model()) else "CAUSAL_LM",
         }
@@ -104,14 +119,20 @@ class Adapters:
         return sum(path.stat().st_size for path in folder.iterdir())
 
     def save_plain(self, folder: Path) -> None:
-        """Write the model without its factors, as ``from_pretrained`` loads it."""
+        """Write the model without its factors, as ``from_pretrained`` loads it; a collective if it is sharded."""
         model: PreTrainedModel = self.peft.get_base_model()  # type: ignore[assignment]
-        tensors = model.state_dict()
-        state = {name: tensors[place] for name, place in plain_names(tensors).items()}
-        type(model).save_pretrained(model, folder, state_dict=state)
+        writes = process_number() == 0
+        is_spread = any(is_sharded(parameter) for parameter in model.parameters())
+        tensors = whole_weights(model, keep=writes) if is_spread else model.state_dict()
+        if writes:
+            state = {name: tensors[place] for name, place in plain_names(tensors).items()}
+            type(model).save_pretrained(model, folder, state_dict=state)
 
     def remove(self) -> None:
-        """Merge the factors into their weights, rounded to nearest, and leave the plain model behind."""
+        """Merge the factors into their weights, rounded to nearest, and leave the plain model behind.
+
+        A collective if it is sharded, which it stays.
+        """
         for pair in self.pairs():
             pair.merge_(stochastic=False)
         self.peft.unload()

@@ -13,13 +13,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fullrank.errors import TrainingError
 from fullrank.memory import peak_memory_bytes
+from fullrank.sharding import all_reduce, is_connected, process_number
 from fullrank.train.checkpoint import write_marker
 from fullrank.train.config import RunConfig
 from fullrank.train.report import keep_metrics, read_metrics, scores_in
+from fullrank.train.sharded import consolidate
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +94,8 @@ class Recorder(TrainerCallback):
                 file.write(json.dumps(row) + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Declare the checkpoint complete."""
+        """Declare the checkpoint complete, once every process has written its part of it."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             write_marker(self.folder / f"checkpoint-{state.global_step}", self.config, content_hash=self.content_hash)
 
@@ -104,7 +109,7 @@ class MethodSteps(TrainerCallback):
         after_step: Called with the number of steps taken.
         switches: Numbers of steps after which other parameters train. Training saves and stops there, so that the
             model can be wrapped anew; ``at_switch`` is called before.
-        at_switch: Called at a switch, after ``after_step``, in the first process.
+        at_switch: Called at a switch, after ``after_step``, in every process.
     """
 
     def __init__(
@@ -131,33 +136,64 @@ class MethodSteps(TrainerCallback):
         self.num_steps = taken
         self.after_step(taken)
         if taken in self.switches:
-            if self.at_switch is not None and state.is_world_process_zero:
+            if self.at_switch is not None:
                 self.at_switch()
             control.should_save = True
             control.should_training_stop = True
 
 
+class ConsolidateStates(TrainerCallback):
+    """Before a Trainer of your own saves: brings states together that ``partition_states`` has divided over processes.
+
+    Give it to the Trainer as the last of its callbacks, so that it sees what others ask to save.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Act where this step is saved."""
+        if control.should_save:
+            consolidate(kwargs["optimizer"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Act where this epoch is saved."""
+        if control.should_save:
+            consolidate(kwargs["optimizer"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Act where the best are saved: whether this is one is decided after it."""
+        if args.save_strategy == "best":
+            consolidate(kwargs["optimizer"])
+
+
 class CleanStop(TrainerCallback):
     """On the first Ctrl-C or SIGTERM: go on to the next logged step, save, stop. On the second: stop at once.
 
-    In a run of several processes signals keep their usual meaning: ranks could stop at different steps.
+    Of several processes it is enough that one is asked: at every logged step they agree, by a sum of one number.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.is_stopping = False
+        """Whether the run ends before its last step, the same in all processes; asked of one, it may not know yet."""
+        self._is_asked = False
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the signals."""
-        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop, at a step that is also logged."""
-        if self.requested and state.global_step % int(args.logging_steps) == 0:
+        if state.global_step % int(args.logging_steps):
+            return
+        if is_connected():
+            (total,) = all_reduce([torch.tensor([float(self._is_asked)], device=args.device)])
+            self.is_stopping = bool(total)
+        if self.is_stopping:
             control.should_save = True
             control.should_training_stop = True
 
@@ -165,7 +201,7 @@ class CleanStop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave out what belongs to the end of an epoch, where the stop came before it."""
-        if self.requested and not math.isclose(state.epoch or 0.0, round(state.epoch or 0.0), abs_tol=1e-9):
+        if self.is_stopping and not math.isclose(state.epoch or 0.0, round(state.epoch or 0.0), abs_tol=1e-9):
             control.should_evaluate = False
             control.should_save = False
 
@@ -182,9 +218,11 @@ class CleanStop(TrainerCallback):
         self._previous.clear()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._is_asked = True
+        self.is_stopping = not is_connected()
         self.release()
-        logger.warning("stopping at the next logged step; once more to stop at once, without saving")
+        level = logging.WARNING if process_number() == 0 else logging.INFO  # once, not by all
+        logger.log(level, "stopping at the next logged step; once more to stop at once, without saving")
 
 
 class ProgressBar(ProgressCallback):

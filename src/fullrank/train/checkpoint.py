@@ -49,9 +49,14 @@ FREE = frozenset(
         "hub_token",
         "hub_private_repo",
         "hub_strategy",
+        "strategy",
+        "shard_size",
+        "ddp_timeout",
     }
 )
 """Fields of the trainer section that a resumed run may change: they do not touch its trajectory."""
+FREE_OPTIONS = frozenset({"partition_states"})
+"""Options of methods of which the same is true: who holds a state is not in a checkpoint."""
 
 
 def write_marker(checkpoint: Path, config: RunConfig, *, content_hash: str) -> None:
@@ -145,6 +150,8 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     now = json.loads(json.dumps(config.to_dict()))
     if saved["method"].get("name") != now["method"]["name"]:
         return _differences("method.name", saved["method"].get("name"), now["method"]["name"])
+    for config_of in (saved, now):
+        config_of["method"] = {key: value for key, value in config_of["method"].items() if key not in FREE_OPTIONS}
     differences = [line for key in DEFINING for line in _differences(key, saved.get(key), now[key])]
     for key in sorted({*saved["trainer"], *now["trainer"]} - FREE):
         differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))

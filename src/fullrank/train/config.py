@@ -154,10 +154,17 @@ ELSEWHERE = {
     "load_best_model_at_end": "The model at the end is the result.",
     "metric_for_best_model": "The model at the end is the result.",
     "greater_is_better": "The model at the end is the result.",
-    "fsdp": "Sharded parameters are not supported yet; run under torchrun for data parallel training.",
-    "deepspeed": "DeepSpeed replaces the optimizer; run under torchrun for data parallel training.",
+    "fsdp": "FSDP of accelerate makes its parameters after the method is built. Set trainer.strategy fsdp2.",
+    "fsdp_config": "Set trainer.strategy fsdp2 and trainer.shard_size.",
+    "deepspeed": "ZeRO flattens parameters and takes the optimizer's step over, so a method would see no matrices. Set "
+    "trainer.strategy fsdp2, which spreads weights, gradients and states as well.",
+    "parallelism_config": "Tensor, context and sequence parallelism are not supported. Set trainer.strategy and "
+    "trainer.shard_size.",
 }
 """TrainingArguments fields that the trainer section does not take, and what to do instead."""
+
+OWN_FIELDS = ("total_batch_size", "strategy", "shard_size")
+"""Fields of the trainer section that are ours, not TrainingArguments'."""
 
 BEST_MODEL = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 """TrainingArguments fields that say which model a run ends with."""
@@ -205,7 +212,7 @@ class RunConfig:
     method: Any
     """The options of the method, an instance of its own dataclass."""
     trainer: dict[str, Any]
-    """Fields of transformers.TrainingArguments, and total_batch_size."""
+    """Fields of transformers.TrainingArguments, and `OWN_FIELDS`."""
     seed: int = 42
     output_dir: str | None = None
 

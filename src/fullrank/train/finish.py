@@ -11,9 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from fullrank import memory
 from fullrank.methods import Built
+from fullrank.sharding import is_fully_sharded
 from fullrank.train import report
 from fullrank.train.config import RunConfig
 from fullrank.train.data.prepared import IGNORED, Data
+from fullrank.train.sharded import FSDP2, strategy_of
 from fullrank.train.trainer import keeps_best
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ def save_trained(
 ) -> tuple[PreTrainedModel, dict[str, int]]:
     """Write an adapter, if the base was a trained model, and the plain model; both it and the sizes come back."""
     save_adapter = adapters.save if adapters is not None and adapters.request.keeps_base else built.save_adapter
-    if config.model.pretrained and save_adapter is not None and trainer.is_world_process_zero():
+    is_spread = strategy_of(config) == FSDP2  # then all processes gather, and the first one writes
+    if config.model.pretrained and save_adapter is not None and (is_spread or trainer.is_world_process_zero()):
         sizes = sizes | {"adapter_bytes": save_adapter(folder / "adapter")}
     if adapters is not None:
         adapters.remove()
@@ -122,6 +125,7 @@ def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dat
             top_k=40,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=is_fully_sharded(model),  # no process ends before the others, which gather with it
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 

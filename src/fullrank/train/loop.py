@@ -16,6 +16,7 @@ from fullrank.methods import Built
 from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import CleanStop
 from fullrank.train.config import RunConfig
+from fullrank.train.sharded import load_state
 from fullrank.train.trainer import keeps_best
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def train_on(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path, s
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         stop.release()
-    return stop.requested
+    return stop.is_stopping
 
 
 def score_last(trainer: Trainer) -> None:
@@ -99,7 +100,7 @@ def return_to_best(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: P
 def load_weights(trainer: Trainer, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Load model and optimizer from a checkpoint; what the Trainer knows of steps and data stays."""
     trainer._load_from_checkpoint(str(folder))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    load_state(optimizer, folder)
 
 
 def claim(folder: Path, config: RunConfig, trainer: Trainer) -> None:

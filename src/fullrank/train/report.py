@@ -121,8 +121,9 @@ def draw_loss(folder: Path, *, title: str, unit: str) -> Path:
 def summary(result: dict[str, Any]) -> str:
     """The lines printed when a run has ended."""
     state, adamw = result["optimizer_state_bytes"], result["adamw_state_bytes"]
-    peak = result["optimizer_state_peak_bytes"]
-    at_most = f", {megabytes(peak)} in its warm start" if peak > state else ""
+    peak, processes = result["optimizer_state_peak_bytes"], result["hardware"]["processes"]
+    at_most = f", {megabytes(peak)} in its warm start" if peak > state and processes == 1 else ""
+    held_by = f" in one of {processes} processes" if processes > 1 else ""
     folders = [name for name in ("model/", "adapter/", "warm_start/") if (Path(result["folder"]) / name).is_dir()]
     adapter = result.get("adapter_bytes")
     sample = result["sample"]
@@ -130,8 +131,8 @@ def summary(result: dict[str, Any]) -> str:
         [
             "",
             f"{score_words(result)} {result['steps']:,} steps ({result['tokens']:,} tokens)",
-            f"optimizer state        {megabytes(state)} with {result['method']}{at_most}; {megabytes(adamw)} with "
-            f"AdamW ({state / adamw:.0%})",
+            f"optimizer state        {megabytes(state)} with {result['method']}{held_by}{at_most}; {megabytes(adamw)} "
+            f"with AdamW ({state / adamw:.0%})",
             *([f"adapter                {megabytes(adapter)}: what training changed"] if adapter else []),
             f"step time              {(result['step_time_median_s'] or 0.0) * 1000:,.0f} ms (median)",
             *([f"sample                 {sample!r}"] if sample is not None else []),

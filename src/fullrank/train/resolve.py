@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -32,6 +32,7 @@ LEAST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "total_batch_size": 1,
+    "shard_size": 1,
     "dataloader_num_workers": 0,
     "warmup_steps": 0,
     "max_grad_norm": 0,
@@ -123,6 +124,8 @@ def trainer_parser() -> ArgumentParser:
     skip = set(ELSEWHERE) & set(FINETUNE_ELSEWHERE)
     parser.add_class_arguments(TrainingArguments, None, skip=skip, fail_untyped=False)
     parser.add_argument("--total_batch_size", type=int | None, help="Sequences per optimizer step over all devices.")
+    parser.add_argument("--strategy", type=Literal["ddp", "fsdp2"], help="How processes share the model.")
+    parser.add_argument("--shard_size", type=int | None, help="Processes that fsdp2 spreads one copy over; null: all.")
     return parser
 
 
@@ -290,7 +293,26 @@ def _contradictions(trainer: dict[str, Any], *, streaming: bool) -> list[str]:
         )
     if streaming and trainer.get("max_steps", -1) <= 0:
         problems.append("data.streaming needs trainer.max_steps: a stream has no length. Set it.")
-    return problems + _logging_problems(trainer)
+    return problems + _logging_problems(trainer) + _parallel_problems(trainer)
+
+
+def _parallel_problems(trainer: dict[str, Any]) -> list[str]:
+    """Settings that cannot work under the strategy, or in several processes at all."""
+    problems = []
+    is_spread = trainer.get("strategy") == "fsdp2"
+    if trainer.get("shard_size") is not None and not is_spread:
+        problems.append("trainer.shard_size is of trainer.strategy fsdp2. Set that, or leave it out.")
+    for key in ("fp16", "fp16_full_eval", "bf16_full_eval"):
+        if is_spread and trainer.get(key):
+            problems.append(f"trainer.{key} cannot be used with trainer.strategy fsdp2. Set trainer.bf16 true instead.")
+    settings: Any = trainer.get("accelerator_config")
+    for key in ("split_batches", "even_batches", "use_configured_state"):
+        if isinstance(settings, dict) and key in settings:
+            problems.append(
+                f"trainer.accelerator_config cannot set {key}: batches are those of trainer.total_batch_size whatever "
+                "the number of processes. Leave it out."
+            )
+    return problems
 
 
 def _strategy(trainer: dict[str, Any], key: str, default: str) -> str:

@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fullrank.errors import CheckpointError, UnsupportedError
 from fullrank.methods.relora import ReLoRA
+from fullrank.sharding import is_sharded
 from fullrank.train.callbacks import MethodSteps
 from fullrank.weights import holds_model
 
@@ -46,8 +47,14 @@ class ReLoRACallback(MethodSteps):
 
         Raises:
             CheckpointError: If the checkpoint lacks them.
-            UnsupportedError: For a warm start in several processes.
+            UnsupportedError: For a warm start in several processes, or a sharded model.
         """
+        if any(is_sharded(pair.current()) for pair in self.relora.pairs):
+            raise UnsupportedError(
+                "the Trainer trains a sharded model (FSDP2), and this callback completes checkpoints of whole ones. "
+                "Train under DDP, in a loop of your own with relora.step(), or by `fullrank pretrain --method.name "
+                "relora --trainer.strategy fsdp2`."
+            )
         super().on_train_begin(args, state, control, **kwargs)
         if args.world_size > 1 and self.num_steps < self.relora.warm_start.steps:
             raise UnsupportedError(

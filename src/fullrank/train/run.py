@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from fullrank import memory
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, DisconnectedError, first_line
 from fullrank.methods import METHODS, Built, Method
+from fullrank.sharding import disconnect, is_disconnection, process_number
 from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import MethodSteps, Recorder
 from fullrank.train.classifier import build_classifier, refuse_frozen
@@ -31,7 +32,8 @@ from fullrank.train.folders import anchored, cache_dir, refuse_unusable
 from fullrank.train.load import model_place
 from fullrank.train.loop import train
 from fullrank.train.model import PAPER_SIZES, build_model
-from fullrank.train.trainer import make_trainer
+from fullrank.train.sharded import FSDP2, refuse_launch, spread_model, strategy_of
+from fullrank.train.trainer import make_arguments, make_trainer
 
 if TYPE_CHECKING:
     from fullrank.train.adapters import Adapters
@@ -76,11 +78,31 @@ def finetune(
 def _run(
     config: RunConfig, command: str, *, resume: bool, callbacks: Sequence[TrainerCallback]
 ) -> dict[str, Any] | None:
-    """The line itself: the same for every kind of run and every method."""
+    """A run, where the other processes of it may be lost."""
     if config.command != command:
         raise ConfigError(f"this configuration is of a {config.command} run. Call fullrank.train.run.{config.command}.")
     config = placed(config)
+    refuse_launch(config)
     folder = find_folder(config, resume=resume)
+    try:
+        return _line(config, folder, resume=resume, callbacks=callbacks)
+    except (RuntimeError, OSError) as error:
+        if report.num_processes() == 1 or not is_disconnection(error):
+            raise
+        raise DisconnectedError(
+            f"process {process_number()} has lost the others ({first_line(error)}): one was killed, or ended by an "
+            "error of its own, which it has printed. What was saved before stays; go on with: "
+            f"fullrank {command} --resume {folder}"
+        ) from error
+    finally:
+        if strategy_of(config) == FSDP2 and report.num_processes() == 1:
+            disconnect()
+
+
+def _line(
+    config: RunConfig, folder: Path, *, resume: bool, callbacks: Sequence[TrainerCallback]
+) -> dict[str, Any] | None:
+    """The line itself: the same for every kind of run and every method."""
     start = find_start(config, folder, resume=resume)
     if resume and (folder / "result.json").is_file():
         logger.info("%s has ended already; its result stands", folder)
@@ -91,6 +113,7 @@ def _run(
     logger.info("%s", data.description)
     if start is not None:
         checkpoint.verify_content(start, data.content_hash)
+    args = make_arguments(config, data, folder)
     model, fresh = make_model(config, tokenizer, data)
     method = METHODS[config.method_name]
     sizes = {
@@ -99,6 +122,8 @@ def _run(
         "optimizer_state_peak_bytes": method.state_bytes(model, config.method),
     }
     adapters = attach_adapters(model, method, config)
+    if strategy_of(config) == FSDP2:
+        spread_model(model, config, args.device)
     built = method.build(model, config.method)
     refuse_frozen(model, fresh)
     warn_of_rounding(built.optimizer, config)
@@ -108,16 +133,17 @@ def _run(
     make = partial(
         make_trainer,
         config,
+        args,
         model=model,
         tokenizer=tokenizer,
         data=data,
         built=built,
-        folder=folder,
         callbacks=[recorder, *([steps] if steps else []), *callbacks],
     )
     trainer = train(config, make, built, folder, start)
     if (step := trainer.state.global_step) < trainer.args.max_steps:
-        logger.warning("stopped at step %d; go on with: fullrank %s --resume %s", step, command, folder)
+        trainer.accelerator.wait_for_everyone()  # where one ends, its launcher ends those that still write
+        logger.warning("stopped at step %d; go on with: fullrank %s --resume %s", step, config.command, folder)
         return None
     return finish(
         config, trainer, data, tokenizer=tokenizer, folder=folder, sizes=sizes, built=built, adapters=adapters

@@ -21,9 +21,11 @@ from transformers import (
 from fullrank.errors import ConfigError
 from fullrank.methods import Built
 from fullrank.train.callbacks import ProgressBar
-from fullrank.train.config import RunConfig
+from fullrank.train.config import OWN_FIELDS, RunConfig
 from fullrank.train.data.prepared import Data
+from fullrank.train.parallel import ParallelTrainer
 from fullrank.train.recipes import nearest
+from fullrank.train.sharded import DDP, FSDP2, strategy_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +39,15 @@ KEEPS_BEST = "load_best_model_at_end"
 
 def make_trainer(
     config: RunConfig,
+    args: TrainingArguments,
     *,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     data: Data,
     built: Built,
-    folder: Path,
     callbacks: list[Any],
 ) -> Trainer:
     """The Trainer of a run, with the method's optimizer and a schedule over its optimizer steps."""
-    args = make_arguments(config, data, folder)
     for switch in built.switches:
         if switch % int(args.logging_steps):
             raise ConfigError(
@@ -54,7 +55,8 @@ def make_trainer(
                 f"is {args.logging_steps:g}. Make warm_start_steps a multiple of it."
             )
     try:
-        trainer = Trainer(
+        kind = Trainer if args.world_size == 1 and strategy_of(config) == DDP else ParallelTrainer
+        trainer = kind(
             model=model,
             args=args,
             train_dataset=data.train,
@@ -69,7 +71,7 @@ def make_trainer(
     except REFUSALS as error:
         raise refused(error) from error
     except OSError as error:
-        raise ConfigError(f"output_dir {folder} cannot be made: {error}. Choose another.") from error
+        raise ConfigError(f"output_dir {args.output_dir} cannot be made: {error}. Choose another.") from error
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     return trainer
@@ -78,10 +80,12 @@ def make_trainer(
 def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArguments:
     """TrainingArguments with the accumulation and the number of steps worked out.
 
+    Where several processes were started, this connects them: the device and the group are transformers' choice.
+
     Raises:
         ConfigError: If the batch sizes do not divide, or transformers refuses an argument.
     """
-    fields = {key: value for key, value in config.trainer.items() if key not in ("total_batch_size", KEEPS_BEST)}
+    fields = {key: value for key, value in config.trainer.items() if key not in (*OWN_FIELDS, KEEPS_BEST)}
     fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     if keeps_best(config):
         fields = {"metric_for_best_model": data.scoring.metric} | fields
@@ -111,6 +115,8 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         )
     except REFUSALS as error:
         raise refused(error) from error
+    if strategy_of(config) == FSDP2:
+        args._n_gpu = min(args._n_gpu, 1)  # one process uses one: DataParallel would copy what is spread
     per_step = args.train_batch_size * args.world_size
     total = config.trainer.get("total_batch_size")
     if total is not None:

@@ -1,0 +1,65 @@
+"""What torchrun starts for tests of the command: several runs, one after the other, in the same processes.
+
+``python -m tests.distributed.command_worker FOLDER``: ``FOLDER/plan.json`` is a list of runs. What became of each, or
+the traceback, is written beside it by every process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fullrank import sharding
+from fullrank.train import run
+from fullrank.train.resolve import resolve
+
+
+class Pause(TrainerCallback):
+    """Lets one process wait at the end of a step, until a file ``go`` is there."""
+
+    def __init__(self, folder: Path, *, rank: int, step: int) -> None:
+        self.folder, self.rank, self.step = folder, rank, step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.process_index == self.rank and state.global_step == self.step:
+            (self.folder / "paused").write_text(str(os.getpid()), encoding="utf-8")
+            while not (self.folder / "go").exists():
+                time.sleep(0.05)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for job in json.loads((folder / "plan.json").read_text(encoding="utf-8")):
+        try:
+            found = {"result": perform(job, folder), "error": ""}
+        except Exception:
+            found = {"result": None, "error": traceback.format_exc()}
+        path = folder / f"{job['name']}-{os.environ['RANK']}.json"
+        path.write_text(json.dumps(found), encoding="utf-8")
+        if found["error"]:
+            sys.exit(1)  # the others may wait for this process
+    sharding.disconnect()
+
+
+def perform(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """One run: a recipe, or a folder to resume, and overrides."""
+    resumed, overrides = job.get("resume"), dict(job.get("overrides", {}))
+    if resumed is not None:
+        overrides["output_dir"] = resumed
+    config = resolve(job["recipe"] if resumed is None else Path(resumed) / "config.yaml", overrides)
+    callbacks = [Pause(folder, **job["pause"])] if "pause" in job else []
+    return getattr(run, config.command)(config, resume=resumed is not None, callbacks=callbacks)  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
