@@ -304,7 +304,8 @@ def _to_rows(tensors: list[Tensor], split: Split) -> list[Tensor]:
             pieces += [piece, piece.new_zeros(share * tensor[:1].numel() - piece.numel())]
     flat = torch.cat(pieces)
     out = flat.new_empty(len(flat) // split.num)
-    dist.reduce_scatter_tensor(out, flat, group=split.group)
+    reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before 2.13
+    reduce_scatter(out, flat, group=split.group)
     answers, at = [], 0
     for tensor in tensors:
         start, end = split.bounds(len(tensor))
@@ -322,7 +323,8 @@ def _all_rows(tensors: list[Tensor], num_rows: list[int], split: Split) -> list[
         pieces += [tensor.reshape(-1), tensor.new_zeros((share - len(tensor)) * tensor.shape[1:].numel())]
     flat = torch.cat(pieces)
     out = flat.new_empty(split.num * len(flat))
-    dist.all_gather_into_tensor(out, flat, group=split.group)
+    all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before 2.13
+    all_gather(out, flat, group=split.group)
     answers, at, table = [], 0, out.view(split.num, -1)
     for tensor, share, rows in zip(tensors, shares, num_rows, strict=True):
         width = tensor.shape[1:].numel()

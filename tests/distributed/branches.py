@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fullrank import SIFT
+from fullrank.sharding import local, part_of
 from tests.distributed.loop import DTYPES, whole
 
 WIDTH = 12
@@ -76,7 +78,12 @@ class Plan:
     """Checkpointing of the blocks, by which implementation; None: no."""
     targets: tuple[str, ...] = TARGETS
     exception: tuple[str, ...] = ("head",)
-    by_hand: bool = False
+    by_hand: Mapping[str, Any] = field(default_factory=dict)
+    """Units by the name of a weight."""
+    alike: bool = False
+    """All samples go through the branch, so that all processes use the same parts, as FSDP2 needs it."""
+    poisoned: int = -1
+    """A step of which one sample is not finite."""
 
 
 @dataclass
@@ -94,11 +101,14 @@ class Run:
     def steps(self, numbers: range) -> None:
         for number in numbers:
             self.backward(number)
-            self.optimizer.step()
+            if number != self.plan.poisoned:  # as a scaler of losses would
+                self.optimizer.step()
             self.optimizer.zero_grad()
 
     def backward(self, number: int) -> None:
         inputs, is_first = batch(number)
+        is_first |= torch.tensor(self.plan.alike)
+        inputs[1] *= torch.inf if number == self.plan.poisoned else 1.0
         micro_batches = [(inputs[i :: self.plan.accumulation], is_first[i :: self.plan.accumulation]) for i in
                          range(self.plan.accumulation)]  # fmt: skip
         for index, (x, first) in enumerate(micro_batches):
@@ -141,8 +151,8 @@ def start(
     if shard is not None:
         shard(model)
     sift = SIFT(model, 0.2, plan.targets, plan.exception, gradient_checkpointing=bool(plan.reentrant), **plan.options)
-    if plan.by_hand:
-        sift.sparse_mapping["side.weight"].idx = torch.tensor([140, 3, 77])
+    for name, units in plan.by_hand.items():
+        sift.sparse_mapping[name].idx = units
     optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2, weight_decay=0.1)
     return Run(plan, wrap(model) if wrap is not None else model, sift, optimizer, rank, world)
 
@@ -153,23 +163,23 @@ def save(run: Run, file: Path) -> None:
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     weights = {name: whole(value) for name, value in plain.state_dict().items()}
     state = run.optimizer.state_dict()
-    state["state"] = {
-        number: {key: whole(value) if torch.is_tensor(value) else value for key, value in entry.items()}
-        for number, entry in state["state"].items()
-    }
+    state = tree_map(lambda value: whole(value) if torch.is_tensor(value) else value, state)
     if run.rank == 0:
         torch.save({"model": weights, "optimizer": state}, file)
 
 
 def load(run: Run, file: Path) -> None:
     """Into any number of processes: the optimizer's state whole in each, weights as the model holds them."""
-    from fullrank.sharding import local, part_of
-
     content = torch.load(file, weights_only=True)
+    load_weights(run, content["model"])
+    run.optimizer.load_state_dict(content["optimizer"])
+
+
+@torch.no_grad()
+def load_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
+    """Whole weights into those that a process holds."""
     model: Any = run.model
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    with torch.no_grad():
-        for name, tensor in plain.state_dict().items():
-            value = content["model"][name]
-            local(tensor).copy_(value if local(tensor) is tensor else local(part_of(value, tensor)))
-    run.optimizer.load_state_dict(content["optimizer"])
+    for name, tensor in plain.state_dict().items():
+        is_spread = hasattr(tensor, "full_tensor")
+        local(tensor).copy_(local(part_of(weights[name], tensor)) if is_spread else weights[name])

@@ -56,7 +56,7 @@ class Plan:
     checkpointing: bool = False
     clip: float | None = None
     width: int = WIDTH
-    num_blocks: int = 2
+    num_blocks: int = 1
     unused: bool = True
     """Whether the network has a parameter that is never used."""
     optimizer: Callable[..., torch.optim.Optimizer] | None = None

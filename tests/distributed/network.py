@@ -68,12 +68,12 @@ class Network(nn.Module):
     """Embedding and head are one weight; one parameter is never used, unless there is none such."""
 
     def __init__(
-        self, width: int = WIDTH, num_blocks: int = 2, *, checkpointing: bool = False, unused: bool = True
+        self, width: int = WIDTH, num_blocks: int = 1, *, checkpointing: bool = False, unused: bool = True
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2)
+            torch.manual_seed(4)
             self.embed = nn.Embedding(VOCABULARY, width)
             self.blocks = nn.ModuleList([Block(width) for _ in range(num_blocks)])
             self.norm = nn.LayerNorm(width)

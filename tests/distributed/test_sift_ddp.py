@@ -57,7 +57,8 @@ PLANS = {
     "magnitude": Plan({"selection": "magnitude"}),
     "random": Plan({"selection": "random", "reselect_every": 3}),
     "function": Plan({"selection": seventh}),
-    "by-hand": Plan(by_hand=True),
+    "by-hand": Plan(by_hand={"side.weight": [140, 3, 77]}),
+    "overflow": Plan(poisoned=0),
     "all-sparse": Plan(exception=(), accumulation=2),
     "all-sparse-reentrant": Plan(ROWS, exception=(), reentrant=True, accumulation=2),
 }

@@ -59,8 +59,8 @@ class Sent:
     """How often the larger matrices are there."""
 
     def case(self, name: str) -> Case:
-        """Four processes where they hold two copies."""
-        return Case(f"sent-{name}", functools.partial(count, sent=self), (4,) if self.way == "hsdp" else (2, 3))
+        """Three processes, or four where they hold two copies."""
+        return Case(f"sent-{name}", functools.partial(count, sent=self), (4,) if self.way == "hsdp" else (3,))
 
 
 def count(place: Place, *, sent: Sent) -> dict[str, Any]:

@@ -34,7 +34,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """float32: Adam divides by what a gradient near zero is, of which rounding leaves little: a larger eps than that."""
 CHOICE = {"selection": "magnitude"}
 """Of SIFT in bfloat16: by what is equal in one process and in several, whose gradients are not."""
-WORLDS = {"accumulation": (2,), "checkpointing": (2,), "clipping": (2,), "together": (3,)}
+WORLDS = {
+    "plain": (2, 3),
+    "float32": (2,),
+    "accumulation": (2,),
+    "checkpointing": (2,),
+    "clipping": (2,),
+    "together": (3,),
+    "bfloat16": (3,),
+}
 
 PLANS = {
     f"{method}-{way}-{variant}": Plan(
@@ -50,7 +58,7 @@ def case(name: str, plan: Plan) -> Case:
     """Named after method, way and variant."""
     _, way, variant = name.split("-")
     run = functools.partial(train, plan=plan, way=way, record=variant == "bfloat16")
-    return Case(name, run, WORLDS.get(variant, (2, 3)))
+    return Case(name, run, WORLDS[variant])
 
 
 CASES = named(*(case(name, plan) for name, plan in PLANS.items()))

@@ -33,7 +33,7 @@ from fullrank.sharding import Asking, Request, Routine, Split, gradient_of, loca
 
 logger = logging.getLogger(__name__)
 
-WAVE = 1 << 25
+WAVE = 1 << 26
 """Numbers that low-rank gradients and joined bases of the sharded matrices that are stepped together hold, at most."""
 
 

@@ -150,9 +150,11 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     now = json.loads(json.dumps(config.to_dict()))
     if saved["method"].get("name") != now["method"]["name"]:
         return _differences("method.name", saved["method"].get("name"), now["method"]["name"])
-    for config_of in (saved, now):
-        config_of["method"] = {key: value for key, value in config_of["method"].items() if key not in FREE_OPTIONS}
-    differences = [line for key in DEFINING for line in _differences(key, saved.get(key), now[key])]
+    one, other = (
+        content | {"method": {key: value for key, value in content["method"].items() if key not in FREE_OPTIONS}}
+        for content in (saved, now)
+    )
+    differences = [line for key in DEFINING for line in _differences(key, one.get(key), other[key])]
     for key in sorted({*saved["trainer"], *now["trainer"]} - FREE):
         differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
     return differences

@@ -32,7 +32,7 @@ from fullrank.train.folders import anchored, cache_dir, refuse_unusable
 from fullrank.train.load import model_place
 from fullrank.train.loop import train
 from fullrank.train.model import PAPER_SIZES, build_model
-from fullrank.train.sharded import FSDP2, refuse_launch, spread_model, strategy_of
+from fullrank.train.sharded import FSDP2, agree_on_start, refuse_launch, spread_model, strategy_of
 from fullrank.train.trainer import make_arguments, make_trainer
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def _line(
     if start is not None:
         checkpoint.verify_content(start, data.content_hash)
     args = make_arguments(config, data, folder)
+    agree_on_start(0 if start is None else checkpoint.step_of(start), folder, args.device)
     model, fresh = make_model(config, tokenizer, data)
     method = METHODS[config.method_name]
     sizes = {

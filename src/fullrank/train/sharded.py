@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fullrank import sharding
-from fullrank.errors import ConfigError
+from fullrank.errors import CheckpointError, ConfigError
 from fullrank.train.config import RunConfig
 from fullrank.train.report import num_processes
 from fullrank.weights import Stored
@@ -63,6 +63,23 @@ def refuse_launch(config: RunConfig) -> None:
         raise ConfigError(
             "method.partition_states divides states over the processes of trainer.strategy ddp, and fsdp2 divides them "
             "already. Leave one of them out."
+        )
+
+
+def agree_on_start(step: int, folder: Path, device: torch.device) -> None:
+    """Check that all processes go on from the same step; a collective where there are several.
+
+    Raises:
+        CheckpointError: If they see different checkpoints.
+    """
+    if not sharding.is_connected():
+        return
+    (bounds,) = sharding.all_reduce([torch.tensor([float(step), float(-step)], device=device)], kind="max")
+    latest, earliest = int(bounds[0]), -int(bounds[1])
+    if latest != earliest:
+        raise CheckpointError(
+            f"one process would go on from step {latest}, and another from step {earliest}: they do not see the same "
+            f"files in {folder}. Put it on a file system that all machines share."
         )
 
 
