@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.partition import Partition
-from fullrank.sharding import is_connected, is_sharded, make_state, split_of, spread
+from fullrank.saved_state import StateSpec, check_loadable, own_entries, paired
+from fullrank.sharding import any_part, is_connected, is_sharded, local, make_state, refuse_flattened, split_of, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +35,6 @@ class AdamConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay (fraction of a weight per unit of learning rate)."""
-
-
-StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""State key -> shape and dtype."""
-
-GUEST = "sparse_"
-"""State under keys that start so is not an optimizer's own: SIFT keeps what belongs to a parameter there."""
 
 
 class MethodOptimizer(torch.optim.Optimizer):
@@ -116,11 +110,29 @@ class MethodOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_rehearsal():
+            self.init_states()
+            return loss
         self._prepare()
         self.step_parameters()
         if self._partition is not None:
             self._partition.share_()
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this is a first step with zeros for rates and gradients, which is to make the state and no more.
+
+        ``torch.distributed.checkpoint`` takes it to learn what an optimizer's state is; a basis of it would be void.
+        """
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in given:
+            if parameter.grad.layout != torch.strided:
+                return False
+        split = next((split for p in given if (split := split_of(p)) is not None), None)
+        flags = [local(p.grad).any() for p in given]
+        return bool(given) and not any_part(torch.stack([flag.to(flags[0].device) for flag in flags]).any(), split)
 
     def steps_here(self, parameter: Tensor) -> bool:
         """Whether this process steps a parameter: it has a gradient, and no other process keeps its state."""
@@ -171,13 +183,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Raise UnsupportedError for a parameter that an engine has flattened, or spread in a way that cannot work."""
-        if hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False):
-            engine = "DeepSpeed ZeRO" if hasattr(parameter, "ds_id") else "FSDP1 (FullyShardedDataParallel)"
-            raise UnsupportedError(
-                f"{self.name_of(parameter)} belongs to {engine}, which cuts weights into flat pieces, so "
-                f"{type(self).__name__} would see no matrices. Shard the model by torch.distributed.fsdp.fully_shard "
-                "(FSDP2), or train under DDP."
-            )
+        refuse_flattened(parameter, name=self.name_of(parameter), user=type(self).__name__)
         if not is_sharded(parameter):
             return
         split_of(parameter, name=self.name_of(parameter))
@@ -195,9 +201,9 @@ class MethodOptimizer(torch.optim.Optimizer):
         if self._partition is None:
             self._partition = Partition()
         if len(self._partition.owners) < len(parameters):
-            specs = {parameter: spec.values() for parameter, spec in self._spec_of().items()}
-            sizes = {p: sum(torch.Size(shape).numel() for shape, _ in spec) for p, spec in specs.items()}
-            self._partition.include(sizes)
+            specs = self._spec_of().items()
+            sizes = {p: sum(torch.Size(shape).numel() for shape, _ in spec.values()) for p, spec in specs}
+            self._partition.include({p: size if p.requires_grad else 0 for p, size in sizes.items()})
 
     def consolidate_state_dict(self) -> None:
         """Bring a state that is partitioned over processes together in the first one, in host memory.
@@ -218,7 +224,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         Raises:
             UnsupportedError: If other processes keep a part of it and ``consolidate_state_dict`` was not called.
         """
-        if self._partition is None or not self.state:
+        if self._partition is None or not self._partition.has_states:
             return super().state_dict()
         with self._partition.whole_state(self.state):
             return super().state_dict()
@@ -245,17 +251,18 @@ class MethodOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: If the state was written by another optimizer, or for other shapes,
                 ranks or dtypes than this optimizer's groups; nothing is changed then.
+            UnsupportedError: If its options cannot work on how the parameters are spread; nothing is changed either.
         """
-        self._check_loadable(state_dict)
+        check_loadable(self, state_dict)
         self._divide_states()
         kept = state_dict
         if self._partition is not None:
-            self._partition.forget()
-            mine = {index for index, parameter, _ in self._pair(state_dict) if self._partition.is_mine(parameter)}
+            self._partition.changed()
+            mine = {index for index, parameter, _ in paired(self, state_dict) if self._partition.is_mine(parameter)}
             kept = {**state_dict, "state": {index: state_dict["state"][index] for index in mine}}
         super().load_state_dict(kept)
-        for index, parameter, group in self._pair(kept):
-            for key, value in _own(kept["state"][index]).items():
+        for index, parameter, group in paired(self, kept):
+            for key, value in own_entries(kept["state"][index]).items():
                 self.state[parameter][key] = self._loaded(key, value, parameter, group)
 
     def _loaded(self, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
@@ -276,49 +283,17 @@ class MethodOptimizer(torch.optim.Optimizer):
         part = part.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
         return spread(part, value.shape, split, layout)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: also who keeps which state."""
+        own = {"partition_states": self.partition_states, "_partition": self._partition}
+        return {**super().__getstate__(), **own}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give groups that were saved by an older version the options added since."""
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-
-    def _pair(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-        """The number of each saved state, with the parameter and the group that it belongs to."""
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
-                if index in state_dict["state"]:
-                    yield index, parameter, group
-
-    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise CheckpointError(
-                f"this is not an optimizer's state: it holds {sorted(map(str, state_dict))}, expected state and "
-                "param_groups. Load what optimizer.state_dict() returned."
-            )
-        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if saved_sizes != sizes:
-            raise CheckpointError(
-                f"this state is for parameter groups of {saved_sizes} parameters, this {type(self).__name__} has "
-                f"{sizes}. Build the model and the groups as they were when it was saved."
-            )
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key in self.structural:
-                if key not in saved_group or saved_group[key] != group[key]:
-                    raise CheckpointError(
-                        f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
-                        f"{group[key]!r}. Build the optimizer with the options it was saved with."
-                    )
-        for index, parameter, group in self._pair(state_dict):
-            saved, expected = _own(state_dict["state"][index]), self.state_spec(parameter, group)
-            found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
-            if found != expected or len(found) != len(saved):
-                raise CheckpointError(
-                    f"this state does not belong to this {type(self).__name__}: for a parameter of shape "
-                    f"{tuple(parameter.shape)} it holds {_show(found, saved)}, expected {_show(expected, expected)}. "
-                    "Build the model and the optimizer as they were when it was saved."
-                )
 
 
 def is_number(value: Any) -> bool:
@@ -343,13 +318,3 @@ def adam_problems(group: dict[str, Any]) -> list[str]:
         noun = "betas must be two numbers" if count == 2 else "beta must be a number"
         problems.append(f"{noun}, at least 0 and below 1, got {betas!r}.")
     return problems
-
-
-def _own(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not key.startswith(GUEST)}
-
-
-def _show(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], everything: dict[str, Any]) -> str:
-    parts = [f"{key} {list(shape)} {str(dtype).removeprefix('torch.')}" for key, (shape, dtype) in tensors.items()]
-    parts += [f"{key} ({type(value).__name__})" for key, value in everything.items() if key not in tensors]
-    return ", ".join(parts)

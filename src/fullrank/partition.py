@@ -20,13 +20,15 @@ State = dict[str, Any]
 
 
 class Partition:
-    """Who keeps the state of which parameter."""
+    """Who keeps the state of which parameter, among all processes of the default group."""
 
     def __init__(self) -> None:
         self.num = num_processes()
         self.me = process_number()
         self.owners: dict[Tensor, int] = {}
         self._loads = [0] * self.num
+        self.has_states = False
+        """Whether some process may keep a state."""
         self._gathered: dict[Tensor, State] | None = None
 
     def include(self, sizes: Mapping[Tensor, int]) -> None:
@@ -46,7 +48,7 @@ class Partition:
 
     def share_(self) -> None:
         """After a step: every process takes the stepped weights from their owners."""
-        self.forget()
+        self.changed()
         for process in range(self.num):
             stepped = [p for p, owner in self.owners.items() if owner == process and p.grad is not None]
             broadcast([parameter.detach() for parameter in stepped], process)
@@ -75,8 +77,9 @@ class Partition:
             if self.me == 0:
                 self._gathered[parameter] = {key: tensor.cpu() for key, tensor in tensors.items()}
 
-    def forget(self) -> None:
-        """Drop what was gathered: it is of another step."""
+    def changed(self) -> None:
+        """States were made, stepped or loaded: what was gathered is of another step."""
+        self.has_states = True
         self._gathered = None
 
     @contextmanager

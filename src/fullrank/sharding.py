@@ -436,7 +436,7 @@ def sum_of_parts(found: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Ten
 
 def wrapper_of(module: nn.Module) -> Any:
     """The DistributedDataParallel around this very module whose forward pass is under way, or None."""
-    active: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    active: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()
     return active if active is not None and active.module is module else None
 
 

@@ -91,7 +91,7 @@ class Run:
     """A model in training."""
 
     plan: Plan
-    model: nn.Module
+    model: Any
     """As it is called: wrapped by DDP, sharded by fully_shard, or plain."""
     built: Built
     recorded: Recorded | None = None
@@ -100,7 +100,8 @@ class Run:
     @property
     def plain(self) -> nn.Module:
         """The model without a wrapper."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        plain: nn.Module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return plain
 
     def steps(self, numbers: range) -> None:
         """Train these steps."""
@@ -176,12 +177,12 @@ def place() -> tuple[int, int]:
 
 def own(tensor: Tensor) -> Tensor:
     """A copy of this process's part of a tensor, in host memory."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().cpu().clone()  # type: ignore[operator]
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().cpu().clone()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A copy of all of a tensor, in host memory."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()  # type: ignore[operator]
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
 
 
 assert BATCH % 12 == 0, "a global batch is shared out evenly"

@@ -48,7 +48,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         narrow: Tensor = self.expand(self.turn(self.squeeze(x)).tanh())
         along: Tensor = self.conv(x.transpose(-1, -2)).transpose(-1, -2)
-        return narrow + along + self.down(self.up(x).tanh())
+        wide: Tensor = self.down(self.up(x).tanh())
+        return narrow + along + wide
 
 
 class Block(nn.Module):
@@ -61,7 +62,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
-        return x + self.gate(x).sigmoid() * self.mlp(self.norm(x))
+        out: Tensor = x + self.gate(x).sigmoid() * self.mlp(self.norm(x))
+        return out
 
 
 class Network(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ HALFWAY = 5
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def plan_of(method: str, way: str) -> Plan:
+def plan_of(method: str, *ways: str) -> Plan:
     """Our optimizers make all states of sharded parameters at once; others none for what never has a gradient."""
-    return Plan(method, unused=way == "fsdp2" and method in ("galore", "fira", "apollo"))
+    return Plan(method, unused=set(ways) == {"fsdp2"} and method in ("galore", "fira", "apollo"))
 
 
 def save(run: Run, folder: Path) -> None:
@@ -45,7 +46,7 @@ def save(run: Run, folder: Path) -> None:
 def load(run: Run, folder: Path, **options: Any) -> None:
     """Into a run that has just been made."""
     model, optimizer = get_state_dict(run.plain, run.built.optimizer)
-    state = {"model": model, "optimizer": optimizer}
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     checkpoint.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(), **options)
     set_state_dict(
         run.plain,
@@ -69,24 +70,26 @@ def keys(run: Run) -> list[str]:
     return sorted(f"{name}/{key}" for name, held in state.items() for key in held)
 
 
-def save_or_resume(place: Place, *, method: str, way: str) -> dict[str, Any]:
-    """Two processes save after half of the steps; three go on from there."""
+def save_or_resume(place: Place, *, method: str, ways: Sequence[str]) -> dict[str, Any]:
+    """Two processes save after half of the steps, in the first way; three go on from there in the second."""
     from tests.distributed.wrapping import WAYS
 
-    folder = place.folder / f"saved-{method}-{way}"
-    plan = plan_of(method, way)
-    run = WAYS[way](plan)
+    folder = place.folder / "-".join(["saved", method, *ways])
+    plan = plan_of(method, *ways)
     if place.world == 3:
+        run = WAYS[ways[1]](plan)
         load(run, folder)
         return finish(run)
+    run = WAYS[ways[0]](plan)
     run.steps(STEPS[:HALFWAY])
     save(run, folder)
-    return {"folder": str(folder), "keys": keys(run), "fresh": keys(WAYS[way](plan))}
+    return {"folder": str(folder), "keys": keys(run), "fresh": keys(WAYS[ways[0]](plan))}
 
 
-RESUMED = {f"resumed-{method}-{way}": (method, way) for method in METHODS for way in ("ddp", "fsdp2")}
+RESUMED = {f"resumed-{method}-{way}": (method, way, way) for method in METHODS for way in ("ddp", "fsdp2")}
+RESUMED |= {f"crossed-{first}-{then}": ("fira", first, then) for first, then in (("ddp", "fsdp2"), ("fsdp2", "ddp"))}
 RESUMES = [
-    Case(name, functools.partial(save_or_resume, method=method, way=way)) for name, (method, way) in RESUMED.items()
+    Case(name, functools.partial(save_or_resume, method=method, ways=ways)) for name, (method, *ways) in RESUMED.items()
 ]
 
 

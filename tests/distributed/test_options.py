@@ -16,7 +16,7 @@ from tests.distributed.training import STEPS, gradients, train, weights
 
 pytestmark = pytest.mark.slow
 
-HALF = {"target_modules": ["attn.value", "mlp.up", "mlp.down"], "rank": 6}
+HALF: dict[str, Any] = {"target_modules": ["attn.value", "mlp.up", "mlp.down"], "rank": 6}
 """A rank of at least half the short side, so that Fira forms the residual itself."""
 ROTATED: dict[str, Any] = {"basis": "power", "rotate_moments": True, "stagger_refresh": True}
 
@@ -51,7 +51,7 @@ OPTIONS: dict[str, Plan] = {
 }
 SENDING = ("both", "matrix", "half", "left", "right", "reverse", "tensor", "power")
 """In the names of what decides which parts go where: these run where shards are uneven and some are empty."""
-WIDE = {"width": 12}
+WIDE: dict[str, Any] = {"width": 12}
 """Divides by 2 and 3, as FSDP2 wants of what is cut along its columns."""
 COLUMNS: dict[str, Plan] = {
     "columns-full": Plan("full", **WIDE),
@@ -102,13 +102,13 @@ def test_mixed_precision(case: Case, world: int, outcome: Any) -> None:
     assert_same_weights(weights(found[0]), (before, alone), tolerance=1e-5)
 
 
-def refuse(place: Place, *, plan: Plan) -> dict[str, Any]:
-    """The words with which a plan is refused, and when."""
+def refuse(place: Place, *, plan: Plan, way: str = "fsdp2") -> dict[str, Any]:
+    """The words with which a plan is refused when it is built."""
     from fullrank.errors import ConfigError, UnsupportedError
     from tests.distributed.wrapping import WAYS
 
     try:
-        WAYS["fsdp2"](plan)
+        WAYS[way](plan)
     except (ConfigError, UnsupportedError) as error:
         return {"refused": f"{type(error).__name__}: {error}"}
     return {"refused": ""}
@@ -118,7 +118,12 @@ REFUSED = {
     "refused-svd": (Plan("fira", {"basis": "svd"}), ["UnsupportedError", "basis svd", 'basis="power"']),
     "refused-partition": (Plan("galore", {"partition_states": True}), ["ConfigError", "partition_states"]),
 }
-REFUSALS = [Case(name, functools.partial(refuse, plan=plan), (2,)) for name, (plan, _) in REFUSED.items()]
+FLAT = [f"refused-fsdp1-{method}" for method in ("fira", "galore", "apollo", "sift", "relora", "lora")]
+REFUSED |= {name: (Plan(name.rpartition("-")[2]), ["UnsupportedError", "FSDP1", "fully_shard"]) for name in FLAT}
+REFUSALS = [
+    Case(name, functools.partial(refuse, plan=plan, way="fsdp1" if name in FLAT else "fsdp2"), (2,))
+    for name, (plan, _) in REFUSED.items()
+]
 
 
 @each(REFUSALS)

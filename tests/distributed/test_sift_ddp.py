@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from fullrank import SIFT, ConfigError, UnsupportedError
 from tests.distributed import branches
 from tests.distributed.branches import STEPS, Branches, Plan, Run
 from tests.distributed.case import Case, Place, each, named
+from tests.reference.sift import BLOCK, LINEAR, llama
+from tests.reference.sift import batch as llama_batch
 
 pytestmark = pytest.mark.slow
 HALFWAY = 3
@@ -40,27 +44,27 @@ def seventh(name: str, weight: Tensor, grad: Tensor, num: int) -> Tensor:
 
 ROWS, BLOCKS = {"granularity": "row"}, {"granularity": "block", "block_size": 4}
 PLANS = {
-    "plain": Plan(),
-    "float32": Plan(dtype="float32"),
-    "accumulation": Plan(accumulation=2),
-    "checkpoints": Plan(reentrant=False),
-    "reentrant": Plan(reentrant=True, accumulation=2),
-    "clipping": Plan(clip=0.1),
-    "rows": Plan(ROWS),
-    "blocks": Plan(BLOCKS, accumulation=2),
-    "reentrant-rows": Plan(ROWS, reentrant=True, accumulation=2, clip=0.1),
-    "scope-model": Plan({"scope": "model"}, targets=("blocks", "side")),
-    "scope-row": Plan({"scope": "row"}, accumulation=2),
-    "choosing-again": Plan({"reselect_every": 3}, accumulation=2),
-    "choosing-rows-again": Plan(ROWS | {"reselect_every": 3}, reentrant=True),
-    "several-batches": Plan({"selection_batches": 3, "reselect_every": 4}, accumulation=2),
-    "magnitude": Plan({"selection": "magnitude"}),
-    "random": Plan({"selection": "random", "reselect_every": 3}),
-    "function": Plan({"selection": seventh}),
-    "by-hand": Plan(by_hand={"side.weight": [140, 3, 77]}),
-    "overflow": Plan(poisoned=0),
-    "all-sparse": Plan(exception=(), accumulation=2),
-    "all-sparse-reentrant": Plan(ROWS, exception=(), reentrant=True, accumulation=2),
+    "branches-ddp-plain": Plan(),
+    "branches-ddp-float32": Plan(dtype="float32"),
+    "branches-ddp-accumulation": Plan(accumulation=2),
+    "branches-ddp-checkpoints": Plan(reentrant=False),
+    "branches-ddp-reentrant": Plan(reentrant=True, accumulation=2),
+    "branches-ddp-clipping": Plan(clip=0.1),
+    "branches-ddp-rows": Plan(ROWS),
+    "branches-ddp-blocks": Plan(BLOCKS, accumulation=2),
+    "branches-ddp-reentrant-rows": Plan(ROWS, reentrant=True, accumulation=2, clip=0.1),
+    "branches-ddp-scope-model": Plan({"scope": "model"}, targets=("blocks", "side")),
+    "branches-ddp-scope-row": Plan({"scope": "row"}, accumulation=2),
+    "branches-ddp-choosing-again": Plan({"reselect_every": 3}, accumulation=2),
+    "branches-ddp-choosing-rows-again": Plan(ROWS | {"reselect_every": 3}, reentrant=True),
+    "branches-ddp-several-batches": Plan({"selection_batches": 3, "reselect_every": 4}, accumulation=2),
+    "branches-ddp-magnitude": Plan({"selection": "magnitude"}),
+    "branches-ddp-random": Plan({"selection": "random", "reselect_every": 3}),
+    "branches-ddp-function": Plan({"selection": seventh}),
+    "branches-ddp-by-hand": Plan(by_hand={"side.weight": [140, 3, 77]}),
+    "branches-ddp-overflow": Plan(poisoned=0),
+    "branches-ddp-all-sparse": Plan(exception=(), accumulation=2),
+    "branches-ddp-all-sparse-reentrant": Plan(ROWS, exception=(), reentrant=True, accumulation=2),
 }
 
 
@@ -110,7 +114,7 @@ def train_rounded(place: Place) -> dict[str, Any]:
     return run.found()
 
 
-ROUNDED = Case("bfloat16", train_rounded, worlds=(2,))
+ROUNDED = Case("branches-ddp-bfloat16", train_rounded, worlds=(2,))
 
 
 @each([ROUNDED])
@@ -171,7 +175,7 @@ def count(place: Place) -> dict[str, Any]:
     return found
 
 
-COUNT = Case("count", count)
+COUNT = Case("branches-ddp-count", count)
 
 
 @each([COUNT])
@@ -206,7 +210,7 @@ def watch_gradients(place: Place) -> dict[str, Any]:
     return {"alive": alive}
 
 
-WATCH = Case("watch", watch_gradients)
+WATCH = Case("branches-ddp-watch", watch_gradients)
 
 
 @each([WATCH])
@@ -214,6 +218,55 @@ def test_a_dense_gradient_is_freed_by_its_choice(case: Case, world: int, outcome
     """However many weights there are."""
     for process in outcome(case, world):
         assert process.values["alive"] == [1] * 6
+
+
+# The Trainer of transformers, which wraps the model itself.
+
+
+def by_trainer(folder: Path, granularity: str, world: int) -> dict[str, Tensor]:
+    """Four steps of two accumulated batches of four, checkpointed, with nothing that trains densely."""
+    model = llama(torch.float64, seed=world)
+    if world == 1:
+        model.load_state_dict(llama(torch.float64, seed=2).state_dict())
+    sift = SIFT(model, 0.1, LINEAR, granularity=granularity, block_size=BLOCK, gradient_checkpointing=True)
+    rows = [{key: value[i] for key, value in llama_batch(model, n).items()} for n in range(8) for i in range(3)]
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        save_strategy="no",
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": granularity == "row"},
+        learning_rate=1e-2,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+    Trainer(model=model, args=args, train_dataset=rows, optimizers=(optimizer, None)).train()
+    sift.detach()
+    assert model.state_dict().keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+TRAINED = {f"branches-ddp-trainer-{key}": key for key in ("entry", "row")}
+TRAINER = [
+    Case(name, lambda place, key=key: by_trainer(place.folder / "trainer", key, place.world), worlds=(2,))
+    for name, key in TRAINED.items()
+]
+
+
+@each(TRAINER)
+def test_through_trainer(case: Case, world: int, outcome: Any, tmp_path: Path) -> None:
+    """The same weights as in one process with batches twice as large, and nothing of ours left in the model."""
+    found = [process.tensors for process in outcome(case, world)]
+    assert_equal(*found)
+    wanted = by_trainer(tmp_path, TRAINED[case.name], 1)
+    start = llama(torch.float64, seed=2).state_dict()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[0][name], weight, rtol=0, atol=1e-9, msg=name)
+        assert torch.equal(weight, start[name]) == (not any(pattern in name for pattern in LINEAR)), name
 
 
 # Resume.
@@ -233,7 +286,7 @@ def halfway(place: Place, *, plan: Plan) -> dict[str, Any]:
     return {**run.found(), "file": str(file)}
 
 
-RESUMED = {f"resume-{key}": Plan({"granularity": key, "reselect_every": 4}) for key in ("entry", "row")}
+RESUMED = {f"branches-ddp-resume-{key}": Plan({"granularity": key, "reselect_every": 4}) for key in ("entry", "row")}
 RESUMES = [Case(name, functools.partial(halfway, plan=plan)) for name, plan in RESUMED.items()]
 
 
@@ -308,7 +361,7 @@ def refusals(place: Place) -> dict[str, Any]:
     return found
 
 
-REFUSALS = Case("refusals", refusals, worlds=(2,))
+REFUSALS = Case("branches-ddp-refusals", refusals, worlds=(2,))
 TOLD = {
     "not wrapped": "not the one that DistributedDataParallel wraps",
     "backward of an evaluation": "not the one that DistributedDataParallel wraps",
@@ -327,4 +380,4 @@ def test_told_in_all_processes(case: Case, world: int, outcome: Any, key: str, w
         assert words in process.values[key]
 
 
-CASES = named(*AS_ALONE, ROUNDED, COUNT, WATCH, *RESUMES, REFUSALS)
+CASES = named(*AS_ALONE, ROUNDED, COUNT, WATCH, *TRAINER, *RESUMES, REFUSALS)

@@ -52,6 +52,7 @@ PLANS = {
     for way in ("ddp", "fsdp2")
     for variant, options in VARIANTS.items()
 }
+ON_SHARDS = [f"{method}-fsdp2-bfloat16" for method in ("fira", "galore", "apollo")]
 
 
 def case(name: str, plan: Plan) -> Case:
@@ -71,8 +72,8 @@ def test_as_in_one_process(case: Case, world: int, outcome: Any) -> None:
         assert all(torch.equal(weight, weights(found[0])[name]) for name, weight in weights(other).items())
     if plan.dtype == "bfloat16":
         alone = replay(plan, gradients(found)).weights()
-        # Under DDP all is computed as in one process; a product on shards rounds its parts.
-        assert_rounded_alike(weights(found[0]), alone, share=0.0 if "ddp" in case.name else 0.1)
+        # Under DDP all is computed as in one process; of the products with a basis each part on its own is rounded.
+        assert_rounded_alike(weights(found[0]), alone, share=0.25 if case.name in ON_SHARDS else 0.0)
     else:
         if "sift-fsdp2" in case.name:  # which sees the sum of the micro-batches, as FSDP2 reduces no other
             plan = replace(plan, options={**plan.options, "selection_batches": plan.accumulation})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,4 +52,17 @@ def mixed(plan: Plan) -> Run:
     return fsdp2(plan, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
 
 
-WAYS: dict[str, Callable[[Plan], Run]] = {"ddp": ddp, "fsdp2": fsdp2, "hsdp": hsdp, "columns": columns, "mixed": mixed}
+def fsdp1(plan: Plan) -> Run:
+    """FSDP's first version, which cuts flat pieces out of the weights."""
+    model = FullyShardedDataParallel(plan.network(), use_orig_params=True, device_id=loop.DEVICE)
+    return Run(plan, model, plan.build(model))
+
+
+WAYS: dict[str, Callable[[Plan], Run]] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "hsdp": hsdp,
+    "columns": columns,
+    "mixed": mixed,
+    "fsdp1": fsdp1,
+}

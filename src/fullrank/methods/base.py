@@ -14,6 +14,7 @@ from fullrank.errors import ConfigError
 from fullrank.factors import AdapterRequest, Schedule, named_factors
 from fullrank.optimizer import AdamConfig
 from fullrank.params import class_head, divide_params, rank_problems
+from fullrank.sharding import refuse_flattened
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,13 @@ def projected_groups(model: nn.Module, config: ProjectionConfig) -> list[dict[st
 
     With ``lora_rank`` the factors are projected, as in the fine-tuning script of Fira's authors; a fresh head of
     classes trains plainly beside them, and all else is frozen.
+
+    Raises:
+        ConfigError: If a pattern matches no weight, or the rank is out of bounds for a matched one.
+        UnsupportedError: For weights that an engine has flattened: no pattern would find a matrix.
     """
+    for name, parameter in model.named_parameters():
+        refuse_flattened(parameter, name=name, user="a projected method")
     options: dict[str, Any] = {
         "rank": config.rank,
         "update_proj_gap": config.update_proj_gap,

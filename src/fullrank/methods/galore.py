@@ -69,7 +69,7 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
         state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
             parameters keep their moments in their own dtype, as torch.optim.AdamW does.
         seed: Seed of random directions; use the same on every rank.
-        partition_states: Under DDP, let each process keep, refresh and step its share of the parameters.
+        partition_states: Under DDP over all processes, let each keep, refresh and step its share of the parameters.
 
     Raises:
         ConfigError: An option out of bounds, or a rank above the short side of a matrix.

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.ops import lowrank, subspace
-from fullrank.optimizer import MethodOptimizer, StateSpec
+from fullrank.optimizer import MethodOptimizer
 from fullrank.params import rank_problems
 from fullrank.projected.basis import new_basis
 from fullrank.projected.matrix import Cut, MatrixStep
 from fullrank.projected.options import STATE_DTYPES, dtype_name, is_projected, projection_problems
+from fullrank.saved_state import StateSpec
 from fullrank.sharding import Asking, Request, Routine, Split, gradient_of, local, run_alone, run_together, split_of
 
 logger = logging.getLogger(__name__)

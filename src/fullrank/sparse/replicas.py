@@ -150,8 +150,9 @@ class Replicas:
         starts = [leaf for leaf in tree_leaves(output) if _has_gradient(leaf)]
         if not starts:
             raise UnsupportedError(
-                f"a forward pass of {type(self.model).__name__} returned no tensor that requires a gradient, be it in a "
-                "tuple, list or dict, and SIFT under DistributedDataParallel knows the backward pass by one. Return it."
+                f"a forward pass of {type(self.model).__name__} returned no tensor that requires a gradient, alone or "
+                "in a tuple, list or dict, by which SIFT under DistributedDataParallel notices the backward pass. "
+                "Return one."
             )
         for tensor in starts:
             tensor.register_hook(partial(self._begin_pass, sends))
@@ -245,7 +246,9 @@ class Replicas:
         if not self.is_together or not chosen:
             return chosen
         first, device = sharding.first_process(self._wrapper.process_group), next(iter(chosen)).weight.device
-        shapes = torch.tensor([[units.shape[0], units.shape[-1]] for units in chosen.values()], device=device)
+        shapes = torch.tensor(
+            [[len(units), units.shape[-1]] for units in chosen.values()], dtype=torch.int32, device=device
+        )
         sharding.broadcast([shapes], first, self._group)
         agreed = {
             part: torch.empty(tuple(shape)[: units.ndim], dtype=part.layout.index_dtype, device=device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fullrank.errors import CheckpointError
-from fullrank.optimizer import GUEST
+from fullrank.saved_state import GUEST
 from fullrank.sharding import local
 
 if TYPE_CHECKING:

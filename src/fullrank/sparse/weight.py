@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fullrank.errors import ConfigError
 from fullrank.ops import sparse
 from fullrank.ops.sparse import Layout
-from fullrank.optimizer import GUEST
+from fullrank.saved_state import GUEST
 from fullrank.sharding import is_sharded, local, make_state, split_of, spread, whole
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.saved import INDEX, keep_with

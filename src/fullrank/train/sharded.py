@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from fullrank import sharding
@@ -171,7 +172,12 @@ def whole_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, An
             found = sharding.whole(value) if torch.is_tensor(value) else value
             if keep:
                 gathered.setdefault(number, {})[key] = found.cpu() if torch.is_tensor(found) else found
-    return {"state": gathered, "param_groups": given["param_groups"]} if keep else {}
+    groups = tree_map(_gathered, given["param_groups"])  # in which SIFT keeps the gradients of a choice that waits
+    return {"state": gathered, "param_groups": groups} if keep else {}
+
+
+def _gathered(value: Any) -> Any:
+    return sharding.whole(value).cpu() if torch.is_tensor(value) and sharding.is_sharded(value) else value
 
 
 def load_state(optimizer: torch.optim.Optimizer, folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""Which saved state an optimizer of ours may load: one of the same groups, options, shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import CheckpointError
+from fullrank.sharding import is_sharded
+
+StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""State key -> shape and dtype."""
+
+GUEST = "sparse_"
+"""State under keys that start so is not an optimizer's own: SIFT keeps what belongs to a parameter there."""
+
+
+def paired(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
+    """The number of each saved state, with the parameter and the group of the optimizer that it belongs to."""
+    for saved_group, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for index, parameter in zip(saved_group["params"], group["params"], strict=True):
+            if index in state_dict["state"]:
+                yield index, parameter, group
+
+
+def own_entries(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a parameter's state is the optimizer's own."""
+    return {key: value for key, value in state.items() if not key.startswith(GUEST)}
+
+
+def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Refuse a saved state that is not of this ``MethodOptimizer``.
+
+    Raises:
+        CheckpointError: If it is of another optimizer, of other groups, options, shapes or dtypes, or sharded where
+            the parameters are whole.
+        UnsupportedError: If an option that it brings cannot work on how the parameters are spread.
+    """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise CheckpointError(
+            f"this is not an optimizer's state: it holds {sorted(map(str, state_dict))}, expected state and "
+            "param_groups. Load what optimizer.state_dict() returned."
+        )
+    kind = type(optimizer).__name__
+    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if saved_sizes != sizes:
+        raise CheckpointError(
+            f"this state is for parameter groups of {saved_sizes} parameters, this {kind} has "
+            f"{sizes}. Build the model and the groups as they were when it was saved."
+        )
+    for saved_group, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for key in optimizer.structural:
+            if key not in saved_group or saved_group[key] != group[key]:
+                raise CheckpointError(
+                    f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
+                    f"{group[key]!r}. Build the optimizer with the options it was saved with."
+                )
+        for parameter in group["params"]:
+            optimizer.refuse_layout(parameter, {**group, **saved_group, "params": group["params"]})
+    for index, parameter, group in paired(optimizer, state_dict):
+        saved, expected = own_entries(state_dict["state"][index]), optimizer.state_spec(parameter, group)
+        found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
+        if found != expected or len(found) != len(saved):
+            raise CheckpointError(
+                f"this state does not belong to this {kind}: for a parameter of shape "
+                f"{tuple(parameter.shape)} it holds {_show(found, saved)}, expected {_show(expected, expected)}. "
+                "Build the model and the optimizer as they were when it was saved."
+            )
+        if any(map(is_sharded, saved.values())) and not is_sharded(parameter):
+            raise CheckpointError(
+                f"this state is sharded over processes, and a parameter of shape {tuple(parameter.shape)} is whole. "
+                "Save it by torch.distributed.checkpoint, or gather it: get_optimizer_state_dict(..., "
+                "options=StateDictOptions(full_state_dict=True))."
+            )
+
+
+def _show(tensors: StateSpec, everything: dict[str, Any]) -> str:
+    parts = [f"{key} {list(shape)} {str(dtype).removeprefix('torch.')}" for key, (shape, dtype) in tensors.items()]
+    parts += [f"{key} ({type(value).__name__})" for key, value in everything.items() if key not in tensors]
+    return ", ".join(parts)
