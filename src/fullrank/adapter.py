@@ -237,7 +237,7 @@ def _about(model: nn.Module) -> dict[str, Any]:
     """The class of a model and what its configuration says of its origin."""
     config = getattr(model, "config", None)
     return {
-        "architecture": type(model).__name__,
+        "architecture": type(model).__name__.removeprefix("FSDP"),  # which fully_shard puts before a class's name
         "name": getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None),
         "num_labels": getattr(config, "num_labels", None),
     }
