@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank import ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW
-from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
 from fullrank.projected import ProjectedOptimizer
 from fullrank.projected.matrix import Cut
 from fullrank.sharding import Request, Routine, Split
@@ -266,6 +268,56 @@ def test_what_cannot_be_stepped_is_refused_at_once(mesh: Any) -> None:
         FiraAdamW([flat], **OPTIONS)
     with pytest.raises(ConfigError, match="partition_states is for whole parameters"):
         FiraAdamW([sharded(make_weight((12, 8)), mesh)], **OPTIONS, partition_states=True)
+
+
+def test_a_sharded_state_is_refused_by_whole_parameters(mesh: Any) -> None:
+    """Its parts would be taken for the whole; nothing is changed."""
+    part = sharded(make_weight((12, 8)), mesh)
+    optimizer = FiraAdamW([part], **OPTIONS)
+    optimizer.init_states()
+    other = FiraAdamW([weight := nn.Parameter(make_weight((12, 8)))], **OPTIONS)
+    with pytest.raises(CheckpointError, match="sharded over processes"):
+        other.load_state_dict(optimizer.state_dict())
+    assert weight not in other.state
+
+
+def test_a_rehearsal_makes_states_and_no_step() -> None:
+    """torch.distributed.checkpoint steps with zeros to learn what a state is: the first basis is still to be found."""
+    weights = [nn.Parameter(make_weight((12, 8))) for _ in range(2)]
+    optimizers = [FiraAdamW([weight], **OPTIONS) for weight in weights]
+    weights[0].grad = torch.zeros_like(weights[0])
+    for rate in (0.0, OPTIONS["lr"]):
+        optimizers[0].param_groups[0]["lr"] = rate
+        if rate == 0.0:
+            optimizers[0].step()
+    assert optimizers[0].state[weights[0]]["step"] == 0
+    for gradient in make_gradients((12, 8), 4):
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(*weights)
+
+
+def test_groups_gain_nothing_by_a_load() -> None:
+    """torch.distributed.checkpoint asks for every option that a group has."""
+    optimizers = [FiraAdamW([nn.Parameter(make_weight((12, 8)))], **OPTIONS) for _ in range(2)]
+    keys = optimizers[1].param_groups[0].keys()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[1].param_groups[0].keys() == keys
+
+
+def test_a_copy_keeps_the_partition() -> None:
+    optimizer = FiraAdamW([nn.Parameter(make_weight((12, 8)))], **OPTIONS, partition_states=True)
+    assert copy.deepcopy(optimizer).partition_states
+
+
+def test_an_optimizer_of_parameters_left_behind_warns_once() -> None:
+    optimizer = FiraAdamW([nn.Parameter(make_weight((12, 8)))], **OPTIONS)
+    with pytest.warns(UserWarning, match="no parameter had a gradient"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
 
 
 def test_parts_are_those_of_torch() -> None:

@@ -50,6 +50,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     partition_states = False
     _partition: Partition | None = None
+    _warned = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, partition_states: bool = False) -> None:
         self.partition_states = partition_states
@@ -117,6 +118,13 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.step_parameters()
         if self._partition is not None:
             self._partition.share_()
+        if not self._warned and not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} stepped, and no parameter had a gradient. If the model was sharded, moved or "
+                "wrapped since, make the optimizer afterwards: it holds parameters that the model has left.",
+                stacklevel=2,
+            )
         return loss
 
     def _is_rehearsal(self) -> bool:
@@ -124,7 +132,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
         ``torch.distributed.checkpoint`` takes it to learn what an optimizer's state is; a basis of it would be void.
         """
-        if self.state or any(float(group["lr"]) for group in self.param_groups):
+        if any(self.state.values()) or any(float(group["lr"]) for group in self.param_groups):
             return False
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in given:
@@ -145,6 +153,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         ``torch.distributed.checkpoint`` passes over keys that come later.
         """
         self._divide_states()
+        if self._partition is not None:
+            self._partition.changed()
         for _, parameter, group in self.named():
             if (self._partition is None or self._partition.is_mine(parameter)) and not self.state[parameter]:
                 self._init_state(parameter, group)
@@ -162,7 +172,7 @@ class MethodOptimizer(torch.optim.Optimizer):
                         f"{tuple(parameter.shape)}. Build the embedding with sparse=False, or give that parameter "
                         "to torch.optim.SparseAdam."
                     )
-                if not self.state and is_sharded(parameter):
+                if is_sharded(parameter) and not self.state[parameter]:
                     self.init_states()
                 if self.steps_here(parameter) and not self.state[parameter]:
                     self._init_state(parameter, group)
@@ -292,8 +302,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         """Give groups that were saved by an older version the options added since."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - {"differentiable"}:  # torch's own, which it adds here and no group has
+                group.setdefault(key, self.defaults[key])
 
 
 def is_number(value: Any) -> bool:
