@@ -162,6 +162,7 @@ class Stored:
                     self.dtypes[name] = view.get_dtype()
 
     def read(self, name: str) -> Tensor:
+        """A tensor by its stored name, on the host."""
         with _opened(self.places[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

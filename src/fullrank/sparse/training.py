@@ -7,6 +7,7 @@ forward pass sees them, and its state carries all that a resumed run needs.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import weakref
 from abc import ABC, abstractmethod
@@ -193,7 +194,8 @@ class SparseTraining(ABC):
         self._warn_if_idle([part for _, part in mine])
         for group in optimizer.param_groups:
             names = self._names(group)
-            group[GROUP] = {**self.settings, "base": self.base, "weights": names, "by_hand": [], "waiting": {}}
+            base = json.dumps(self.base)  # text: torch.distributed.checkpoint wants the same keys before it is known
+            group[GROUP] = {**self.settings, "base": base, "weights": names, "by_hand": [], "waiting": {}}
         for group, part in mine:
             state = optimizer.state[part.values]
             refuse_foreign(part, state)
@@ -240,17 +242,16 @@ class SparseTraining(ABC):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p in self._by_values for p in parameters) or not any(is_sharded(p) for p in parameters):
             return state_dict
-        numbers = [number for group in state_dict.get("param_groups", ()) for number in group["params"]]
+        numbers = (number for group in state_dict.get("param_groups", ()) for number in group["params"])
         owners = dict(zip(numbers, parameters, strict=False))
-        states = state_dict.get("state", {}).items()
-        return {**state_dict, "state": {number: _spread(state, owners.get(number)) for number, state in states}}
+        return {**state_dict, "state": {n: _spread(s, owners.get(n)) for n, s in state_dict.get("state", {}).items()}}
 
     def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
         for saved_group, saved, part in self._pair(optimizer, state_dict):
             part.owner = weakref.ref(optimizer)
             was = saved_group.get(GROUP) or {}
-            self.base = dict(was.get("base") or {})
+            self.base = dict(json.loads(was.get("base") or "{}"))
             if part.index is not None or part.pending is not None:
                 part.reset()
             self._reopen(part)
