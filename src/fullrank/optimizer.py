@@ -132,7 +132,8 @@ class MethodOptimizer(torch.optim.Optimizer):
 
         ``torch.distributed.checkpoint`` takes it to learn what an optimizer's state is; a basis of it would be void.
         """
-        if any(self.state.values()) or any(float(group["lr"]) for group in self.param_groups):
+        has_states = any(self.state.values()) or (self._partition is not None and self._partition.has_states)
+        if has_states or any(float(group["lr"]) for group in self.param_groups):
             return False
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in given:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fullrank.errors import CheckpointError
-from fullrank.sharding import is_sharded
+from fullrank.sharding import is_sharded, local, own_shape, split_of
 
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """State key -> shape and dtype."""
@@ -59,8 +59,11 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
                     f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
                     f"{group[key]!r}. Build the optimizer with the options it was saved with."
                 )
+        brought = {**group, **saved_group, "params": group["params"]}
+        if problems := optimizer.option_problems(brought):
+            raise CheckpointError(f"this state brings options that cannot be: {' '.join(problems)} Save it again.")
         for parameter in group["params"]:
-            optimizer.refuse_layout(parameter, {**group, **saved_group, "params": group["params"]})
+            optimizer.refuse_layout(parameter, brought)
     for index, parameter, group in paired(optimizer, state_dict):
         saved, expected = own_entries(state_dict["state"][index]), optimizer.state_spec(parameter, group)
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
@@ -70,12 +73,24 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
                 f"{tuple(parameter.shape)} it holds {_show(found, saved)}, expected {_show(expected, expected)}. "
                 "Build the model and the optimizer as they were when it was saved."
             )
-        if any(map(is_sharded, saved.values())) and not is_sharded(parameter):
-            raise CheckpointError(
-                f"this state is sharded over processes, and a parameter of shape {tuple(parameter.shape)} is whole. "
-                "Save it by torch.distributed.checkpoint, or gather it: get_optimizer_state_dict(..., "
-                "options=StateDictOptions(full_state_dict=True))."
-            )
+        for key, value in saved.items():
+            if is_sharded(value):
+                _check_spread(optimizer, key, value, parameter, group)
+
+
+def _check_spread(optimizer: Any, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
+    """Refuse a sharded tensor whose parts are not those that this process's part of the parameter needs."""
+    split = split_of(parameter)
+    if split is not None:
+        wanted = own_shape(value.shape, parameter, split, optimizer.state_layout(key, parameter, group))
+        if tuple(local(value).shape) == wanted:
+            return
+    where = "whole" if split is None else "spread otherwise"
+    raise CheckpointError(
+        f"this state is sharded over processes ({key} of shape {tuple(value.shape)}), and its parameter is "
+        f"{where}. Load it by torch.distributed.checkpoint, or gather it: get_optimizer_state_dict(..., "
+        "options=StateDictOptions(full_state_dict=True))."
+    )
 
 
 def _show(tensors: StateSpec, everything: dict[str, Any]) -> str:
