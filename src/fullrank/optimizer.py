@@ -139,9 +139,14 @@ class MethodOptimizer(torch.optim.Optimizer):
         for parameter in given:
             if parameter.grad.layout != torch.strided:
                 return False
-        split = next((split for p in given if (split := split_of(p)) is not None), None)
+        if not given:
+            return False
         flags = [local(p.grad).any() for p in given]
-        return bool(given) and not any_part(torch.stack([flag.to(flags[0].device) for flag in flags]).any(), split)
+        found = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+        splits = [split for p in given if (split := split_of(p)) is not None and split.num > 1]
+        for split in {split.group: split for split in splits}.values():
+            found = found.new_tensor(any_part(found, split))
+        return not found
 
     def steps_here(self, parameter: Tensor) -> bool:
         """Whether this process steps a parameter: it has a gradient, and no other process keeps its state."""
