@@ -7,20 +7,21 @@ checks a checkpoint before it is loaded.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.partition import Partition
-from fullrank.saved_state import StateSpec, check_loadable, own_entries, paired
-from fullrank.sharding import any_part, is_connected, is_sharded, local, make_state, refuse_flattened, split_of, spread
+from fullrank.saved_state import StateSpec, check_loadable, own_entries, paired, placed, without_own
+from fullrank.sharding import any_part, is_connected, is_sharded, local, make_state, refuse_flattened, split_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,8 @@ class MethodOptimizer(torch.optim.Optimizer):
             self.init_states()
             return loss
         self._prepare()
+        if self._partition is not None:
+            self._partition.check_weights()
         self.step_parameters()
         if self._partition is not None:
             self._partition.share_()
@@ -274,35 +277,30 @@ class MethodOptimizer(torch.optim.Optimizer):
         kept = state_dict
         if self._partition is not None:
             self._partition.changed()
-            mine = {index for index, parameter, _ in paired(self, state_dict) if self._partition.is_mine(parameter)}
-            kept = {**state_dict, "state": {index: state_dict["state"][index] for index in mine}}
+            others = {index for index, p, _ in paired(self, state_dict) if not self._partition.is_mine(p)}
+            states = {i: without_own(state) if i in others else state for i, state in state_dict["state"].items()}
+            kept = {**state_dict, "state": {index: state for index, state in states.items() if state}}
         super().load_state_dict(kept)
         for index, parameter, group in paired(self, kept):
             for key, value in own_entries(kept["state"][index]).items():
-                self.state[parameter][key] = self._loaded(key, value, parameter, group)
-
-    def _loaded(self, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """A saved tensor where its parameter is, and spread as it has to be."""
-        if key == "step":
-            return value.to("cpu", copy=True)
-        split = split_of(parameter)
-        if split is None or is_sharded(value):
-            return value.to(parameter.device, copy=True)
-        layout = self.state_layout(key, parameter, group)
-        if layout == "rows":
-            part = split.rows(value)
-        elif layout == "like" and split.dim is not None:
-            start, end = split.bounds(value.shape[split.dim])
-            part = value.narrow(split.dim, start, end - start)
-        else:
-            part = value
-        part = part.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
-        return spread(part, value.shape, split, layout)
+                self.state[parameter][key] = placed(self, key, value, parameter, group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: also who keeps which state."""
+        """What a copy in another process needs."""
+        if self._partition is not None and self._partition.has_states:
+            raise UnsupportedError(
+                "an optimizer whose state is partitioned over processes cannot be pickled: each has a part. Save its "
+                "state_dict(), after consolidate_state_dict() in all processes."
+            )
+        return {**super().__getstate__(), "partition_states": self.partition_states}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy in this process, which keeps the same share of the states."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
         own = {"partition_states": self.partition_states, "_partition": self._partition}
-        return {**super().__getstate__(), **own}
+        twin.__setstate__(copy.deepcopy({**super().__getstate__(), **own}, memo))
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give groups that were saved by an older version the options added since."""

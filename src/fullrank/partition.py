@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fullrank.errors import UnsupportedError
-from fullrank.sharding import broadcast, num_processes, process_number
+from fullrank.saved_state import own_entries
+from fullrank.sharding import all_reduce, broadcast, num_processes, process_number
 
 State = dict[str, Any]
 
@@ -29,6 +30,7 @@ class Partition:
         self._loads = [0] * self.num
         self.has_states = False
         """Whether some process may keep a state."""
+        self._is_checked = False
         self._gathered: dict[Tensor, State] | None = None
 
     def include(self, sizes: Mapping[Tensor, int]) -> None:
@@ -46,6 +48,25 @@ class Partition:
         """Whether this process keeps its state."""
         return self.owners[parameter] == self.me
 
+    def check_weights(self) -> None:
+        """Before the first step: refuse processes that do not train one model, whose weights would be overwritten.
+
+        Raises:
+            UnsupportedError: In all processes.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        norms = [torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32) for parameter in self.owners]
+        found = torch.stack([norm.to(norms[0].device) for norm in norms]).nan_to_num()
+        largest, smallest = all_reduce([found.clone(), -found], kind="max")
+        if not torch.equal(largest, -smallest):
+            raise UnsupportedError(
+                f"partition_states divides the states over all {self.num} processes, and these hold different weights. "
+                "Wrap the model in DistributedDataParallel over all of them before the first step, or leave "
+                "partition_states out."
+            )
+
     def share_(self) -> None:
         """After a step: every process takes the stepped weights from their owners."""
         self.changed()
@@ -62,7 +83,7 @@ class Partition:
         """
         self._gathered = {}
         for parameter, owner in self.owners.items():
-            held = state.get(parameter) or {}
+            held = own_entries(state.get(parameter) or {}) if owner == self.me else {}
             known = torch.tensor([float(bool(held))], device=parameter.device)
             broadcast([known], owner)
             if not known.item() or owner == 0:
@@ -92,11 +113,17 @@ class Partition:
         if self._gathered is None or self.me != 0:
             raise UnsupportedError(
                 f"the optimizer's state is partitioned over {self.num} processes. Call "
-                "optimizer.consolidate_state_dict() in all of them, then state_dict() in the first."
+                "optimizer.consolidate_state_dict() in all of them, then state_dict() in the first. To load a whole "
+                "state call optimizer.load_state_dict(state) in all. torch.distributed.checkpoint does neither."
             )
-        state.update(self._gathered)
+        before = {parameter: state.get(parameter) for parameter in self._gathered}
+        for parameter, gathered in self._gathered.items():
+            state[parameter] = {**gathered, **(before[parameter] or {})}
         try:
             yield
         finally:
-            for parameter in self._gathered:
-                del state[parameter]
+            for parameter, own in before.items():
+                if own is None:
+                    del state[parameter]
+                else:
+                    state[parameter] = own

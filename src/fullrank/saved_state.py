@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullrank.errors import CheckpointError
-from fullrank.sharding import is_sharded, local, own_shape, split_of
+from fullrank.errors import CheckpointError, UnsupportedError
+from fullrank.sharding import is_sharded, local, own_shape, split_of, spread
 
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """State key -> shape and dtype."""
@@ -31,6 +31,11 @@ def own_entries(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.startswith(GUEST)}
 
 
+def without_own(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a parameter's state belongs to a guest."""
+    return {key: value for key, value in state.items() if key.startswith(GUEST)}
+
+
 def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Refuse a saved state that is not of this ``MethodOptimizer``.
 
@@ -45,25 +50,13 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
             "param_groups. Load what optimizer.state_dict() returned."
         )
     kind = type(optimizer).__name__
-    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if saved_sizes != sizes:
+    _check_groups(optimizer, state_dict["param_groups"])
+    known = {index for group in state_dict["param_groups"] for index in group["params"]}
+    if strange := sorted(map(str, state_dict["state"].keys() - known)):
         raise CheckpointError(
-            f"this state is for parameter groups of {saved_sizes} parameters, this {kind} has "
-            f"{sizes}. Build the model and the groups as they were when it was saved."
+            f"this state holds {len(strange)} parameters that are in none of its groups, first {strange[0]}: it was "
+            "cut short or joined from two. Load what optimizer.state_dict() returned."
         )
-    for saved_group, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
-        for key in optimizer.structural:
-            if key not in saved_group or saved_group[key] != group[key]:
-                raise CheckpointError(
-                    f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
-                    f"{group[key]!r}. Build the optimizer with the options it was saved with."
-                )
-        brought = {**group, **saved_group, "params": group["params"]}
-        if problems := optimizer.option_problems(brought):
-            raise CheckpointError(f"this state brings options that cannot be: {' '.join(problems)} Save it again.")
-        for parameter in group["params"]:
-            optimizer.refuse_layout(parameter, brought)
     for index, parameter, group in paired(optimizer, state_dict):
         saved, expected = own_entries(state_dict["state"][index]), optimizer.state_spec(parameter, group)
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
@@ -76,6 +69,36 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
         for key, value in saved.items():
             if is_sharded(value):
                 _check_spread(optimizer, key, value, parameter, group)
+
+
+def _check_groups(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
+    """Refuse groups of other sizes, of another kind of state, or with options that cannot be."""
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if saved_sizes != sizes:
+        raise CheckpointError(
+            f"this state is for parameter groups of {saved_sizes} parameters, this {type(optimizer).__name__} has "
+            f"{sizes}. Build the model and the groups as they were when it was saved."
+        )
+    for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True):
+        for key in optimizer.structural:
+            if key not in saved_group or saved_group[key] != group[key]:
+                raise CheckpointError(
+                    f"this state was saved with {key} {saved_group.get(key, 'not set')!r}, this optimizer has "
+                    f"{group[key]!r}. Build the optimizer with the options it was saved with."
+                )
+        brought = {**group, **saved_group, "params": group["params"]}
+        if problems := optimizer.option_problems(brought):
+            raise CheckpointError(f"this state brings options that cannot be: {' '.join(problems)} Save it again.")
+        for parameter in group["params"]:
+            optimizer.refuse_layout(parameter, group)
+            try:
+                optimizer.refuse_layout(parameter, brought)
+            except UnsupportedError as error:
+                raise UnsupportedError(
+                    f"with the options that this state was saved with, {error} They come with its param_groups: change "
+                    "them there before it is loaded."
+                ) from None
 
 
 def _check_spread(optimizer: Any, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -91,6 +114,23 @@ def _check_spread(optimizer: Any, key: str, value: Tensor, parameter: Tensor, gr
         f"{where}. Load it by torch.distributed.checkpoint, or gather it: get_optimizer_state_dict(..., "
         "options=StateDictOptions(full_state_dict=True))."
     )
+
+
+def placed(optimizer: Any, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """A copy of a saved tensor where its parameter is, and spread as its state has to be."""
+    if key == "step":
+        return value.to("cpu", copy=True)
+    split = split_of(parameter)
+    if split is None or is_sharded(value):
+        return value.to(parameter.device, copy=True)
+    layout, part = optimizer.state_layout(key, parameter, group), value
+    if layout == "rows":
+        part = split.rows(value)
+    elif layout == "like" and split.dim is not None:
+        start, end = split.bounds(value.shape[split.dim])
+        part = value.narrow(split.dim, start, end - start)
+    part = part.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
+    return spread(part, value.shape, split, layout)
 
 
 def _show(tensors: StateSpec, everything: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from fullrank.errors import ConfigError
 from fullrank.factors import AdapterRequest, Schedule, named_factors
 from fullrank.optimizer import AdamConfig
 from fullrank.params import class_head, divide_params, rank_problems
-from fullrank.sharding import refuse_flattened
+from fullrank.sharding import refuse_flattened, reshard
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,7 @@ def projected_groups(model: nn.Module, config: ProjectionConfig) -> list[dict[st
         ConfigError: If a pattern matches no weight, or the rank is out of bounds for a matched one.
         UnsupportedError: For weights that an engine has flattened: no pattern would find a matrix.
     """
+    reshard(model)  # after an evaluation some of its parameters would be those gathered for it
     for name, parameter in model.named_parameters():
         refuse_flattened(parameter, name=name, user="a projected method")
     options: dict[str, Any] = {
