@@ -22,6 +22,7 @@ from fullrank.ops import lowrank
 from fullrank.ops.subspace import projects_rows
 from fullrank.projected import MatrixStep
 from fullrank.scaling import matrices, num_factors, sample_columns, scaling_factors
+from fullrank.sharding import Routine
 from tests.reference.fira import Fira
 from tests.reference.projection import Basis, channel_factors
 
@@ -48,12 +49,12 @@ class Recorded:
 
     used: dict[tuple[int, ...], dict[str, Tensor]]
 
-    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         whole = group.get("scaling") in ("matrix", "tensor") or matrix.basis_left is not None
         factor = lowrank.norms(matrix.direction, whole=whole) / (lowrank.norms(matrix.low, whole=whole) + 1e-8)
         self.used = getattr(self, "used", {})
         self.used[tuple(matrix.grad.shape)] = {"factor": factor.flatten().clone(), "limiter": torch.ones(())}
-        super().update_(matrix, state, group)  # type: ignore[misc]
+        yield from super().update_(matrix, state, group)  # type: ignore[misc]
 
     def limit_growth_(
         self, norm: Tensor, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]

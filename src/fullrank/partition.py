@@ -57,7 +57,7 @@ class Partition:
         if self._is_checked:
             return
         self._is_checked = True
-        norms = [torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32) for parameter in self.owners]
+        norms = [torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64) for parameter in self.owners]
         found = torch.stack([norm.to(norms[0].device) for norm in norms]).nan_to_num()
         largest, smallest = all_reduce([found.clone(), -found], kind="max")
         if not torch.equal(largest, -smallest):
