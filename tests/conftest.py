@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ Problem = tuple[Tensor, list[Tensor]]
 def one_thread() -> None:
     """Matrices this small lose time to threads, and tests may run in several processes."""
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what tests start would else take all cores, for each worker
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def train(config: RunConfig, make: Callable[[], Trainer], built: Built, folder: 
             claim(folder, config, trainer)
             claimed = True
         interrupted = train_on(trainer, built.optimizer, folder, start)
-        if not interrupted and trainer.state.global_step >= trainer.args.max_steps:
+        if trainer.state.global_step >= trainer.args.max_steps:  # asked to stop in its last step or not
             score_last(trainer)
             if keeps_best(config):
                 return_to_best(trainer, built.optimizer, folder)
