@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fullrank import SIFT, FiraAdamW
+from fullrank.errors import UnsupportedError
 from tests.distributed.case import Case, Place, each, named
 from tests.distributed.comparing import assert_same_weights, trained_alone
 from tests.distributed.loop import Plan, alone
 from tests.distributed.training import STEPS, part, weights
+from tests.problems import make_gradients, make_weight
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +54,64 @@ def divide(place: Place, *, plan: Plan) -> dict[str, Any]:
     return {**found, "held": held, "owned": owned, "file": str(file)}
 
 
+def few(place: Place) -> dict[str, Any]:
+    """One gradient for two processes: who keeps no state still saves it; copies keep their share; no pickle."""
+    weight = nn.Parameter(make_weight((12, 8)))
+    small = nn.Parameter(make_weight((3, 2)))
+    optimizer = FiraAdamW([small, weight], rank=2, partition_states=True)
+    twin: Any = None
+    for number, gradient in enumerate(make_gradients((12, 8), 4)):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        if number == 1:
+            other, twin = copy.deepcopy((weight, optimizer))
+        elif twin is not None:
+            other.grad = gradient.clone()
+            twin.step()
+    with pytest.raises(UnsupportedError, match="cannot be pickled"):
+        pickle.dumps(optimizer)
+    with pytest.raises(UnsupportedError, match="consolidate_state_dict"):
+        optimizer.state_dict()
+    optimizer.consolidate_state_dict()
+    saved = len(optimizer.state_dict()["state"]) if place.rank == 0 else 1
+    return {"weight": weight.detach(), "copy": other.detach(), "saved": saved, "kept": len(optimizer.state[weight])}
+
+
+def beside_sift(place: Place) -> dict[str, Any]:
+    """What SIFT keeps with the optimizer's state is not partitioned: it survives a save in every process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
+    sift = SIFT(model, 0.2, ["0.weight", "2.weight"])
+    optimizer = FiraAdamW(list(sift.parameters_in_optimizer()), partition_states=True)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    saved = {}
+    for step in range(4):
+        batch = torch.randn(6, 12, generator=torch.Generator().manual_seed(10 * step + place.rank))
+        wrapped(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.consolidate_state_dict()
+        if place.rank == 0:
+            saved = optimizer.state_dict()["state"]
+    keys = sorted(map(len, saved.values())) if saved else []
+    return {"weight": model[0].weight.detach(), "keys": keys, "guests": len(sift.sparse_mapping)}
+
+
+def two_models(place: Place) -> dict[str, Any]:
+    """Weights that differ would be overwritten by those of another process: refused in all of them."""
+    weight = nn.Parameter(make_weight((12, 8), seed=place.rank))
+    optimizer = FiraAdamW([weight], rank=2, partition_states=True)
+    weight.grad = make_gradients((12, 8), 1)[0]
+    with pytest.raises(UnsupportedError, match="different weights"):
+        optimizer.step()
+    return {"same": float(torch.equal(weight, make_weight((12, 8), seed=place.rank)))}
+
+
 RUNS = [Case(name, functools.partial(divide, plan=plan)) for name, plan in PLANS.items()]
-CASES = named(*RUNS)
+FEW = Case("partitioned-few", few, worlds=(2,))
+BESIDE = Case("partitioned-beside-sift", beside_sift, worlds=(2,))
+MODELS = Case("partitioned-two-models", two_models, worlds=(2,))
+CASES = named(*RUNS, FEW, BESIDE, MODELS)
 
 
 @each(RUNS)
@@ -78,3 +140,30 @@ def test_loads_in_one_process(case: Case, world: int, outcome: Any) -> None:
     run.built.optimizer.load_state_dict(saved["optimizer"])
     run.steps(STEPS[HALFWAY:])
     assert_same_weights(run.weights(), trained_alone(PLANS[case.name], STEPS), tolerance=1e-9)
+
+
+@each([FEW])
+def test_a_process_that_keeps_nothing(case: Case, world: int, outcome: Any) -> None:
+    alone_weight = nn.Parameter(make_weight((12, 8)))
+    optimizer = FiraAdamW([nn.Parameter(make_weight((3, 2))), alone_weight], rank=2)
+    for gradient in make_gradients((12, 8), 4):
+        alone_weight.grad = gradient.clone()
+        optimizer.step()
+    found = outcome(case, world)
+    for process in found:
+        torch.testing.assert_close(process.tensors["weight"], alone_weight.detach())
+        assert torch.equal(process.tensors["copy"], process.tensors["weight"])
+        assert process.values["saved"] == 1
+    assert sorted(bool(process.values["kept"]) for process in found) == [False, True]
+
+
+@each([BESIDE])
+def test_beside_sift(case: Case, world: int, outcome: Any) -> None:
+    first, second = outcome(case, world)
+    assert torch.equal(first.tensors["weight"], second.tensors["weight"])
+    assert first.values["keys"] == [8] * first.values["guests"]  # Adam's three and SIFT's five
+
+
+@each([MODELS])
+def test_two_models_are_refused(case: Case, world: int, outcome: Any) -> None:
+    assert all(process.values["same"] for process in outcome(case, world))
