@@ -166,16 +166,22 @@ class ConsolidateStates(TrainerCallback):
             consolidate(kwargs["optimizer"])
 
 
+ECHO = 5.0
+"""Seconds in which the same request comes again by another way, in a run of several processes."""
+
+
 class CleanStop(TrainerCallback):
     """On the first Ctrl-C or SIGTERM: go on to the next logged step, save, stop. On the second: stop at once.
 
-    Of several processes it is enough that one is asked: at every logged step they agree, by a sum of one number.
+    Of several processes it is enough that one is asked: at every logged step they agree, by a sum of one number. There
+    a second signal counts after ``ECHO`` seconds: torchrun passes on what its processes may have been sent already.
     """
 
     def __init__(self) -> None:
         self.is_stopping = False
         """Whether the run ends before its last step, the same in all processes; asked of one, it may not know yet."""
         self._is_asked = False
+        self._asked_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
@@ -218,9 +224,15 @@ class CleanStop(TrainerCallback):
         self._previous.clear()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._is_asked = True
+        if self._is_asked:  # only several processes get here: one has given its handlers back
+            if time.monotonic() - self._asked_at > ECHO:
+                self.release()
+                signal.raise_signal(number)
+            return
+        self._is_asked, self._asked_at = True, time.monotonic()
         self.is_stopping = not is_connected()
-        self.release()
+        if self.is_stopping:
+            self.release()
         level = logging.WARNING if process_number() == 0 else logging.INFO  # once, not by all
         logger.log(level, "stopping at the next logged step; once more to stop at once, without saving")
 

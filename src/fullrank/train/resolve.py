@@ -306,6 +306,8 @@ def _parallel_problems(trainer: dict[str, Any]) -> list[str]:
         if is_spread and trainer.get(key):
             problems.append(f"trainer.{key} cannot be used with trainer.strategy fsdp2. Set trainer.bf16 true instead.")
     settings: Any = trainer.get("accelerator_config")
+    if isinstance(settings, str):
+        problems.append(f"trainer.accelerator_config must be given here and not in a file, got {settings!r}.")
     for key in ("split_batches", "even_batches", "use_configured_state"):
         if isinstance(settings, dict) and key in settings:
             problems.append(
