@@ -308,7 +308,7 @@ def _parallel_problems(trainer: dict[str, Any]) -> list[str]:
     settings: Any = trainer.get("accelerator_config")
     if isinstance(settings, str):
         problems.append(f"trainer.accelerator_config must be given here and not in a file, got {settings!r}.")
-    for key in ("split_batches", "even_batches", "use_configured_state"):
+    for key in ("split_batches", "even_batches", "dispatch_batches", "use_configured_state"):
         if isinstance(settings, dict) and key in settings:
             problems.append(
                 f"trainer.accelerator_config cannot set {key}: batches are those of trainer.total_batch_size whatever "

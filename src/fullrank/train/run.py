@@ -114,7 +114,8 @@ def _line(
     if start is not None:
         checkpoint.verify_content(start, data.content_hash)
     args = make_arguments(config, data, folder)
-    agree_on_start(0 if start is None else checkpoint.step_of(start), folder, args.device)
+    step = 0 if start is None else checkpoint.step_of(start)
+    agree_on_start(step, data.content_hash, folder, args.device)
     model, fresh = make_model(config, tokenizer, data)
     method = METHODS[config.method_name]
     sizes = {

@@ -6,6 +6,7 @@ the names and numbers of a run in one process. So a run goes on under another nu
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -65,22 +66,34 @@ def refuse_launch(config: RunConfig) -> None:
             "method.partition_states divides states over the processes of trainer.strategy ddp, and fsdp2 divides them "
             "already. Leave one of them out."
         )
+    if processes > 1 and not (sharding.is_connected() or "MASTER_ADDR" in os.environ):
+        raise ConfigError(
+            f"WORLD_SIZE is {processes}, and there is no MASTER_ADDR at which the processes could meet. Start them with "
+            "torchrun, or unset WORLD_SIZE."
+        )
 
 
-def agree_on_start(step: int, folder: Path, device: torch.device) -> None:
-    """Check that all processes go on from the same step; a collective where there are several.
+def agree_on_start(step: int, content_hash: str, folder: Path, device: torch.device) -> None:
+    """Check that all processes go on from the same step with the same data; a collective where there are several.
 
     Raises:
         CheckpointError: If they see different checkpoints.
+        ConfigError: If they have read different text, or have different tokenizers.
     """
     if not sharding.is_connected():
         return
-    (bounds,) = sharding.all_reduce([torch.tensor([float(step), float(-step)], device=device)], kind="max")
-    latest, earliest = int(bounds[0]), -int(bounds[1])
-    if latest != earliest:
+    content = int.from_bytes(hashlib.sha256(content_hash.encode()).digest()[:6], "big")  # float64 holds 6 bytes
+    mine = torch.tensor([float(step), float(content)], dtype=torch.float64, device=device)
+    largest, smallest = sharding.all_reduce([mine.clone(), -mine], kind="max")
+    if int(largest[0]) != -int(smallest[0]):
         raise CheckpointError(
-            f"one process would go on from step {latest}, and another from step {earliest}: they do not see the same "
-            f"files in {folder}. Put it on a file system that all machines share."
+            f"one process would go on from step {int(largest[0])}, and another from step {-int(smallest[0])}: they do "
+            f"not see the same files in {folder}. Put it on a file system that all machines share."
+        )
+    if int(largest[1]) != -int(smallest[1]):
+        raise ConfigError(
+            "the processes have read different text, or have different tokenizers. Give all of them the same files in "
+            "the data section, on a file system that all machines share."
         )
 
 
