@@ -68,8 +68,8 @@ def refuse_launch(config: RunConfig) -> None:
         )
     if processes > 1 and not (sharding.is_connected() or "MASTER_ADDR" in os.environ):
         raise ConfigError(
-            f"WORLD_SIZE is {processes}, and there is no MASTER_ADDR at which the processes could meet. Start them with "
-            "torchrun, or unset WORLD_SIZE."
+            f"WORLD_SIZE is {processes}, and there is no MASTER_ADDR at which the processes could meet. Start them "
+            "with torchrun, or unset WORLD_SIZE."
         )
 
 
