@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -148,6 +149,24 @@ def test_a_stop_changes_nothing(step: int, place: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("FULLRANK_CACHE", str(tmp_path / "cache"))
     assert finetune(resolve(stopped), resume=True) is not None
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_stop_in_the_last_step_comes_too_late(place: Path, tmp_path: Path) -> None:
+    """The run is over: it is scored and returns to its best like any other."""
+    results = []
+    for name, callbacks in (("whole", []), ("stopped", [StopAt(-1)])):
+        content = classification(place / "encoder", place / "glue", tmp_path / name, "full", num_train_epochs=2)
+        content["method"]["lr"] = 0.05
+        content["trainer"]["load_best_model_at_end"] = True
+        if results:
+            callbacks[0].step = results[0]["steps"] - 1
+        result = finetune(resolve(content), callbacks=callbacks)
+        assert result is not None
+        results.append(result)
+    assert results[0]["kept_step"] == results[1]["kept_step"] < results[0]["steps"]
+    assert results[0]["scores"] == results[1]["scores"]
+    found, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_lora_adapter_knows_its_base(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,8 @@ def test_layers_are_found() -> None:
         ({"trainer.deepspeed": "ds.json"}, "a method would see no matrices"),
         ({"trainer.parallelism_config": "{}"}, "parallelism are not supported"),
         ({"trainer.accelerator_config": {"even_batches": False}}, "trainer.accelerator_config cannot set even_batches"),
+        ({"trainer.accelerator_config": {"dispatch_batches": True}}, "accelerator_config cannot set dispatch_batches"),
+        ({"trainer.accelerator_config": "accelerate.json"}, "must be given here and not in a file"),
     ],
 )
 def test_what_cannot_work_is_refused(make: Callable[..., dict[str, Any]], overrides: dict[str, Any], said: str) -> None:
@@ -99,6 +101,7 @@ def test_what_cannot_work_is_refused(make: Callable[..., dict[str, Any]], overri
         ({}, FSDP2 | {"trainer.shard_size": 2}, "trainer.shard_size must divide the number of processes, 1, got 2"),
         ({"WORLD_SIZE": "6"}, FSDP2 | {"trainer.shard_size": 4}, "the number of processes, 6, got 4"),
         ({}, FSDP2 | {"method.partition_states": True}, "method.partition_states divides states"),
+        ({"WORLD_SIZE": "2"}, {}, "WORLD_SIZE is 2, and there is no MASTER_ADDR"),
     ],
 )
 def test_what_was_started_wrongly_is_refused(

@@ -145,7 +145,8 @@ def _line(
     trainer = train(config, make, built, folder, start)
     if (step := trainer.state.global_step) < trainer.args.max_steps:
         trainer.accelerator.wait_for_everyone()  # where one ends, its launcher ends those that still write
-        logger.warning("stopped at step %d; go on with: fullrank %s --resume %s", step, config.command, folder)
+        level = logging.WARNING if process_number() == 0 else logging.INFO
+        logger.log(level, "stopped at step %d; go on with: fullrank %s --resume %s", step, config.command, folder)
         return None
     return finish(
         config, trainer, data, tokenizer=tokenizer, folder=folder, sizes=sizes, built=built, adapters=adapters
