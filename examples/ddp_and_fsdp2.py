@@ -84,7 +84,7 @@ def main() -> None:
         line += f", optimizer state of process {dist.get_rank()}: {held:,} bytes"
         if strategy != "zero":  # its state is saved by consolidate_state_dict() and state_dict()
             line += f", restored: {restores(strategy, model, optimizer, scores, images[num:], device)}"
-        print(line)
+        print(f"{line}\n", end="", flush=True)  # in one piece: other processes print too
     dist.destroy_process_group()
 
 

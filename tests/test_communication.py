@@ -227,6 +227,18 @@ def test_table_of_the_limits_is_that_of_the_result() -> None:
         assert cells == ["-" if world is None else f"{world:,}" for world in found], (strategy, method)
 
 
+def test_table_of_steps_is_that_of_the_result() -> None:
+    file = next((ROOT / "benchmarks" / "results").glob("distributed_*_202611.json"))
+    rows = {(r["processes"], r["method"], r["states"]): r for r in json.loads(file.read_text("utf-8"))["rows"]}
+    shown = table("method | 1 process | 2, whole")
+    assert len(shown) == len({method for _, method, _ in rows})
+    for method, *cells in shown:
+        found = [rows[1, method, "whole"], *(rows[2, method, how] for how in ("whole", "partitioned", "sharded"))]
+        assert cells == [
+            f"{row['step_s'] * 1e3:.0f}, {row['refresh_s'] * 1e3:.0f}, {row['state_bytes'] / 1e6:.0f}" for row in found
+        ], method
+
+
 def test_projection_is_what_its_script_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """The committed result has the assumptions and the rows of benchmarks/scaling.py as it is."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

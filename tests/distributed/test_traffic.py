@@ -115,7 +115,8 @@ def expected(sent: Sent, world: int, step: int) -> list[Collective]:
     options = sent.options
     if sent.way == "ddp":
         layout = Layout(world, partition_states=options.get("partition_states", False))
-        return partition_traffic(layout, [rows * columns for rows, columns in [*SHAPES, PLAIN]], itemsize=4)
+        numels = [rows * columns for rows, columns in [*SHAPES, PLAIN]]
+        return partition_traffic(layout, numels, itemsize=4, first=step == 0)
     layout = Layout(world, "fsdp2", 2 if sent.way == "hsdp" else None)
     matrices = [Matrix(*shape, min(RANK, *shape)) for shape in SHAPES]
     refreshes = step in (0, 3)

@@ -52,18 +52,22 @@ def gradient_traffic(
     ]
 
 
-def partition_traffic(layout: Layout, numels: Sequence[int], *, itemsize: int = 2) -> list[Collective]:
+def partition_traffic(
+    layout: Layout, numels: Sequence[int], *, itemsize: int = 2, first: bool = False
+) -> list[Collective]:
     """After a step of ddp with ``partition_states``, every trained weight, from its owner: x bytes passed on for x.
 
     Args:
         layout: Of the processes.
         numels: Entries of each trained parameter.
         itemsize: Bytes of a weight.
+        first: Whether it is the first step, before which the weights' norms are compared.
     """
     if not layout.partition_states:
         return []
     calls = max(len(filled(numels, BUCKET)), min(len(numels), layout.world))
-    return [Collective("broadcast", sum(numels), itemsize, layout.world, calls, "all")]
+    compared = [Collective("all_reduce", 2 * len(numels), 8, layout.world, 1, "all")] if first else []
+    return [*compared, Collective("broadcast", sum(numels), itemsize, layout.world, calls, "all")]
 
 
 def sift_traffic(
