@@ -92,8 +92,9 @@ class MethodOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise ConfigError(" ".join(problems))
         try:
-            for parameter in self.param_groups[-1]["params"]:
-                self.refuse_layout(parameter, self.param_groups[-1])
+            for name, parameter, group in self.named(trainable=False):
+                if group is self.param_groups[-1]:
+                    self.refuse_layout(name, parameter, group)
         except (ConfigError, UnsupportedError):
             self.param_groups.pop()
             raise
@@ -139,10 +140,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         if has_states or any(float(group["lr"]) for group in self.param_groups):
             return False
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in given:
-            if parameter.grad.layout != torch.strided:
-                return False
-        if not given:
+        if not given or any(parameter.grad.layout != torch.strided for parameter in given):
             return False
         flags = [local(p.grad).any() for p in given]
         found = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
@@ -164,13 +162,14 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._divide_states()
         if self._partition is not None:
             self._partition.changed()
-        for _, parameter, group in self.named():
+        for name, parameter, group in self.named():
             if (self._partition is None or self._partition.is_mine(parameter)) and not self.state[parameter]:
-                self._init_state(parameter, group)
+                self._init_state(name, parameter, group)
 
     def _prepare(self) -> None:
         """Refuse what cannot be stepped, and make the state of parameters seen for the first time."""
         self._divide_states()
+        fresh = set()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -184,10 +183,13 @@ class MethodOptimizer(torch.optim.Optimizer):
                 if is_sharded(parameter) and not self.state[parameter]:
                     self.init_states()
                 if self.steps_here(parameter) and not self.state[parameter]:
-                    self._init_state(parameter, group)
+                    fresh.add(parameter)
+        for name, parameter, group in self.named(trainable=False) if fresh else ():
+            if parameter in fresh:
+                self._init_state(name, parameter, group)
 
-    def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        self.refuse_layout(parameter, group)
+    def _init_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        self.refuse_layout(name, parameter, group)
         split = split_of(parameter)
         for key, (shape, dtype) in self.state_spec(parameter, group).items():
             if key == "step":
@@ -196,20 +198,13 @@ class MethodOptimizer(torch.optim.Optimizer):
                 layout = self.state_layout(key, parameter, group)
                 self.state[parameter][key] = make_state(shape, dtype, parameter, split, layout)
 
-    def name_of(self, parameter: Tensor) -> str:
-        """A parameter's name, or its position."""
-        return next(name for name, other, _ in self.named(trainable=False) if other is parameter)
-
-    def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def refuse_layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Raise UnsupportedError for a parameter that an engine has flattened, or spread in a way that cannot work."""
-        refuse_flattened(parameter, name=self.name_of(parameter), user=type(self).__name__)
-        if not is_sharded(parameter):
-            return
-        split_of(parameter, name=self.name_of(parameter))
-        if self.partition_states:
+        refuse_flattened(parameter, name=name, user=type(self).__name__)
+        if split_of(parameter, name=name) is not None and self.partition_states:
             raise ConfigError(
-                f"partition_states is for whole parameters under DDP, and {self.name_of(parameter)} is sharded: its "
-                "state is divided already. Leave partition_states out."
+                f"partition_states is for whole parameters under DDP, and {name} is sharded: its state is divided "
+                "already. Leave partition_states out."
             )
 
     def _divide_states(self) -> None:

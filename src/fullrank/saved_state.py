@@ -90,15 +90,21 @@ def _check_groups(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
         brought = {**group, **saved_group, "params": group["params"]}
         if problems := optimizer.option_problems(brought):
             raise CheckpointError(f"this state brings options that cannot be: {' '.join(problems)} Save it again.")
-        for parameter in group["params"]:
-            optimizer.refuse_layout(parameter, group)
-            try:
-                optimizer.refuse_layout(parameter, brought)
-            except UnsupportedError as error:
-                raise UnsupportedError(
-                    f"with the options that this state was saved with, {error} They come with its param_groups: change "
-                    "them there before it is loaded."
-                ) from None
+        for name, parameter, owner in optimizer.named(trainable=False):
+            if owner is group:
+                _check_layout(optimizer, name, parameter, group, brought)
+
+
+def _check_layout(optimizer: Any, name: str, parameter: Tensor, group: dict[str, Any], brought: dict[str, Any]) -> None:
+    """Refuse options that a state brings and that cannot work on how a parameter is spread."""
+    optimizer.refuse_layout(name, parameter, group)
+    try:
+        optimizer.refuse_layout(name, parameter, brought)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"with the options that this state was saved with, {error} They come with its param_groups: change "
+            "them there before it is loaded."
+        ) from None
 
 
 def _check_spread(optimizer: Any, key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:

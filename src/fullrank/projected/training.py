@@ -147,13 +147,13 @@ class ProjectedOptimizer(MethodOptimizer):
         is_square = key in self.moments and group["proj_type"] == "full"
         return "rows" if is_cut and not is_square and key != "limiter_norm" else "whole"
 
-    def refuse_layout(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def refuse_layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Raise UnsupportedError where a sharded matrix would have to be gathered: for an exact SVD."""
-        super().refuse_layout(parameter, group)
+        super().refuse_layout(name, parameter, group)
         if is_projected(parameter, group) and group["basis"] == "svd" and self._cut(parameter, group).side:
             raise UnsupportedError(
-                f"basis svd needs whole gradients, and {self.name_of(parameter)} {tuple(parameter.shape)} is sharded "
-                'over several processes. Use basis="power", which never gathers them, or DDP.'
+                f"basis svd needs whole gradients, and {name} {tuple(parameter.shape)} is sharded over several "
+                'processes. Use basis="power", which never gathers them, or DDP.'
             )
 
     def _cut(self, parameter: Tensor, group: dict[str, Any]) -> Cut:

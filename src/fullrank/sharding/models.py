@@ -87,8 +87,7 @@ def gathered_together(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` (FSDP2) has been applied to a model or a part of it."""
-    known = sys.modules.get("torch.distributed.fsdp")
-    return known is not None and any(isinstance(module, known.FSDPModule) for module in model.modules())
+    return bool(_spread_modules(model))
 
 
 def sum_over_copies(model: nn.Module, is_due: bool) -> None:
