@@ -94,6 +94,7 @@ def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FULLRANK_CACHE", str(tmp_path / "cache"))
     state = torch.get_rng_state()
+    torch.manual_seed(0)  # whatever ran before in this process: some blocks make a model up
     try:
         # blank lines before it, so that a traceback names the line of the document
         exec(compile("\n" * block.line + block.text, str(block.path), "exec"), {"__name__": "__main__"})
