@@ -22,7 +22,7 @@ from tests.problems import RANK, SHAPES, make_gradients
 
 
 @dtypes
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit", None])
 @ours
 def test_resume_is_bit_exact(case: OptimizerCase, state_dtype: str | None, dtype: torch.dtype) -> None:
     """Saved in the middle of a refresh period, read with weights_only, continued over two refreshes."""

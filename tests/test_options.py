@@ -44,7 +44,7 @@ def test_bad_options_are_listed_together(case: OptimizerCase) -> None:
         "alpha must be a number above 0 and finite, got -2.0.",
         "proj_type must be one of std, reverse_std, right, left, full, got 'both'.",
         "basis must be one of svd, power, random, got 'qr'.",
-        "state_dtype must be one of float32, bfloat16, float64 or None, got 'int8'.",
+        "state_dtype must be one of float32, bfloat16, float64, 8bit or None, got 'int8'.",
     ):
         assert words in str(error.value)
 

@@ -4,9 +4,11 @@ Optimizers for any training loop (this module needs torch alone) and an applicat
 Hugging Face's Trainer (``fullrank.train``, the ``[train]`` extra).
 """
 
+from fullrank.adamw import AdamW
 from fullrank.adapter import SparseAdapter, load_adapter
 from fullrank.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
 from fullrank.factors import LowRankPair
+from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built, Method
 from fullrank.methods.apollo import ApolloAdamW
 from fullrank.methods.fira import FiraAdamW, FiraRMSprop
@@ -20,12 +22,14 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "SIFT",
+    "AdamW",
     "ApolloAdamW",
     "Built",
     "CheckpointError",
     "ConfigError",
     "FiraAdamW",
     "FiraRMSprop",
+    "FusedBackward",
     "GaLoreAdamW",
     "GaLoreRMSprop",
     "LowRankPair",

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fullrank.factors.quantize import statistic_bytes
 from fullrank.methods import METHODS
 from fullrank.methods.full import FullConfig
 from fullrank.sharding import local
@@ -36,8 +37,8 @@ def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters as they train: those of LoRA's factors too, and shared ones once."""
-    return sum(_size(parameter) for parameter in model.parameters())
+    """Bytes of all parameters as they train: LoRA's factors too, shared ones once, codes with what decodes them."""
+    return sum(_size(parameter) for parameter in model.parameters()) + statistic_bytes(model)
 
 
 def _size(parameter: torch.Tensor) -> int:

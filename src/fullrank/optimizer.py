@@ -11,7 +11,7 @@ import copy
 import difflib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,6 +22,9 @@ from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.partition import Partition
 from fullrank.saved_state import StateSpec, check_loadable, own_entries, paired, placed, without_own
 from fullrank.sharding import any_part, is_connected, is_sharded, local, make_state, refuse_flattened, split_of
+
+Seat = tuple[int, int]
+"""Number of a group, and of a parameter in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class MethodOptimizer(torch.optim.Optimizer):
     partition_states = False
     _partition: Partition | None = None
     _warned = False
+    _has_stepped_ahead = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, partition_states: bool = False) -> None:
         self.partition_states = partition_states
@@ -64,8 +68,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         """Shape and dtype of every state tensor of one parameter."""
 
     @abstractmethod
-    def step_parameters(self) -> None:
-        """Step the parameters for which ``steps_here``; these have their state."""
+    def step_parameters(self, only: Sequence[Seat] | None = None) -> None:
+        """Step the parameters for which ``steps_here``, or those at some seats (``seated``); these have their state."""
 
     def state_layout(self, key: str, parameter: Tensor, group: dict[str, Any]) -> str:
         """How a state tensor of a sharded parameter is spread: ``like`` it, by ``rows``, or ``whole``."""
@@ -122,7 +126,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.step_parameters()
         if self._partition is not None:
             self._partition.share_()
-        if not self._warned and not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        was_ahead, self._has_stepped_ahead = self._has_stepped_ahead, False
+        if not (self._warned or was_ahead) and not any(True for _ in self._given(None)):
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__} stepped, and no parameter had a gradient. If the model was sharded, moved or "
@@ -130,6 +135,32 @@ class MethodOptimizer(torch.optim.Optimizer):
                 stacklevel=2,
             )
         return loss
+
+    @torch.no_grad()
+    def step_ahead(self, seats: Sequence[Seat]) -> None:
+        """Step the parameters at these seats before ``step``, as their gradients arrive; that then steps the rest."""
+        self._prepare(seats)
+        self.step_parameters(seats)
+        self._has_stepped_ahead = True
+
+    def seated(self, only: Sequence[Seat] | None) -> Iterator[tuple[int, dict[str, Any], list[tuple[int, Tensor]]]]:
+        """Number of a group, the group, and its parameters for which ``steps_here`` with their numbers in it.
+
+        Args:
+            only: Those at these seats; None: all.
+        """
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            indices = range(len(params)) if only is None else [index for owner, index in only if owner == number]
+            yield number, group, [(index, params[index]) for index in indices if self.steps_here(params[index])]
+
+    def _given(self, only: Sequence[Seat] | None) -> Iterator[Tensor]:
+        """The parameters that have a gradient, of all or of those at some seats."""
+        if only is None:
+            parameters: Iterable[Tensor] = (p for group in self.param_groups for p in group["params"])
+        else:
+            parameters = (self.param_groups[number]["params"][index] for number, index in only)
+        return (parameter for parameter in parameters if parameter.grad is not None)
 
     def _is_rehearsal(self) -> bool:
         """Whether this is a first step with zeros for rates and gradients, which is to make the state and no more.
@@ -139,10 +170,10 @@ class MethodOptimizer(torch.optim.Optimizer):
         has_states = any(self.state.values()) or (self._partition is not None and self._partition.has_states)
         if has_states or any(float(group["lr"]) for group in self.param_groups):
             return False
-        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not given or any(parameter.grad.layout != torch.strided for parameter in given):
+        given = {p: p.grad for p in self._given(None) if p.grad is not None}
+        if not given or any(grad.layout != torch.strided for grad in given.values()):
             return False
-        flags = [local(p.grad).any() for p in given]
+        flags = [local(grad).any() for grad in given.values()]
         found = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
         splits = [split for p in given if (split := split_of(p)) is not None and split.num > 1]
         for split in {split.group: split for split in splits}.values():
@@ -166,24 +197,21 @@ class MethodOptimizer(torch.optim.Optimizer):
             if (self._partition is None or self._partition.is_mine(parameter)) and not self.state[parameter]:
                 self._init_state(name, parameter, group)
 
-    def _prepare(self) -> None:
+    def _prepare(self, only: Sequence[Seat] | None = None) -> None:
         """Refuse what cannot be stepped, and make the state of parameters seen for the first time."""
         self._divide_states()
         fresh = set()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.layout != torch.strided:
-                    raise UnsupportedError(
-                        f"{type(self).__name__} does not take sparse gradients, got one for a parameter of shape "
-                        f"{tuple(parameter.shape)}. Build the embedding with sparse=False, or give that parameter "
-                        "to torch.optim.SparseAdam."
-                    )
-                if is_sharded(parameter) and not self.state[parameter]:
-                    self.init_states()
-                if self.steps_here(parameter) and not self.state[parameter]:
-                    fresh.add(parameter)
+        for parameter in self._given(only):
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise UnsupportedError(
+                    f"{type(self).__name__} does not take sparse gradients, got one for a parameter of shape "
+                    f"{tuple(parameter.shape)}. Build the embedding with sparse=False, or give that parameter "
+                    "to torch.optim.SparseAdam."
+                )
+            if is_sharded(parameter) and not self.state[parameter]:
+                self.init_states()
+            if self.steps_here(parameter) and not self.state[parameter]:
+                fresh.add(parameter)
         for name, parameter, group in self.named(trainable=False) if fresh else ():
             if parameter in fresh:
                 self._init_state(name, parameter, group)

@@ -58,7 +58,8 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
             "cut short or joined from two. Load what optimizer.state_dict() returned."
         )
     for index, parameter, group in paired(optimizer, state_dict):
-        saved, expected = own_entries(state_dict["state"][index]), optimizer.state_spec(parameter, group)
+        saved = own_entries(state_dict["state"][index])
+        expected = optimizer.state_spec(_as_saved(parameter, state_dict["state"][index]), group)
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if torch.is_tensor(value)}
         if found != expected or len(found) != len(saved):
             raise CheckpointError(
@@ -69,6 +70,14 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
         for key, value in saved.items():
             if is_sharded(value):
                 _check_spread(optimizer, key, value, parameter, group)
+
+
+def _as_saved(parameter: Tensor, saved: dict[str, Any]) -> Tensor:
+    """A parameter as it is once a state is loaded: a guest may bring it another size, of as many dimensions."""
+    values = saved.get(GUEST + "values")
+    if is_sharded(parameter) or not torch.is_tensor(values) or values.ndim != parameter.ndim:
+        return parameter
+    return torch.empty(values.shape, dtype=parameter.dtype, device="meta")
 
 
 def _check_groups(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:

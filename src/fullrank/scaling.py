@@ -19,6 +19,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from fullrank import moments
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.ops import lowrank, subspace
 from fullrank.sharding import refuse_sharded
@@ -177,9 +178,9 @@ def _named(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str] | None)
 
 def _direction(low: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor:
     """Adam's direction of the last step, m / (sqrt(v) + eps), in the shape of the moments; float32 at least."""
-    first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+    first, second = (moments.read(state, key) if key in state else None for key in ("exp_avg", "exp_avg_sq"))
     if "square_avg" in state:  # RMSprop
-        first, second = low, state["square_avg"]
+        first, second = low, moments.read(state, "square_avg")
     if first is None or second is None or "eps" not in group:
         held = ", ".join(sorted(state)) or "nothing"
         raise UnsupportedError(

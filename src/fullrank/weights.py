@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
+from fullrank.ops.codes import coded_layers, decode, decoded_shape
 from fullrank.ops.merge import product
 
 Shapes = dict[str, tuple[int, ...]]
@@ -67,7 +68,7 @@ def read_weights(folder: str | Path) -> Weights:
 def stored_names(folder: str | Path) -> set[str]:
     """The names of the tensors in a folder's safetensors files; none if it holds none."""
     path = Path(folder)
-    return set(Stored(path).shapes) if holds_model(path) else set()
+    return set(Stored(path).places) if holds_model(path) else set()
 
 
 def holds_model(folder: Path) -> bool:
@@ -148,7 +149,10 @@ def shortest_ends(paths: Sequence[tuple[str, ...]], *, joined_by: str) -> list[s
 
 
 class Stored:
-    """The tensors of a folder's safetensors files, as they are stored."""
+    """The tensors of a folder's safetensors files, as they are stored; weights kept as codes are decoded.
+
+    ``places`` has every stored name, ``shapes`` and ``dtypes`` those of weights: none of what decodes another.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, Path] = {}
@@ -160,9 +164,24 @@ class Stored:
                     view = file.get_slice(name)
                     self.places[name], self.shapes[name] = path, tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()
+        self._coded = coded_layers(self.places)
+        for layer, parts in self._coded.items():
+            weight = f"{layer}weight"
+            how = {part: self._tensor(layer + part) for part in parts if part not in ("weight", "SCB")}
+            self.shapes[weight] = decoded_shape(how, self.shapes[weight])
+            self.dtypes[weight] = "F32"
+            for part in parts:
+                if part != "weight":
+                    del self.shapes[layer + part], self.dtypes[layer + part]
 
     def read(self, name: str) -> Tensor:
         """A tensor by its stored name, on the host."""
+        layer = name.removesuffix("weight")
+        if name.endswith("weight") and layer in self._coded:
+            return decode({part: self._tensor(layer + part) for part in self._coded[layer]})
+        return self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
         with _opened(self.places[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -13,6 +13,7 @@ CASE = MethodCase(
         OptimizerCase(FiraAdamW, {"basis": "power", "rotate_moments": True, "stagger_refresh": True}),
         OptimizerCase(FiraAdamW, {"proj_type": "full", "alpha_on": "update", "alpha": 0.25}),
         OptimizerCase(FiraAdamW, {"scaling": "matrix", "limiter_gamma": None, "basis": "random"}),
+        OptimizerCase(FiraAdamW, {"state_dtype": "8bit", "basis": "power", "rotate_moments": True}),
         OptimizerCase(FiraRMSprop),
     ),
 )

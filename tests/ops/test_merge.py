@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullrank.ops import merge
+from fullrank.ops import merge, rounding
 
 HALVES = [torch.bfloat16, torch.float16]
 halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -70,7 +70,7 @@ def test_only_the_two_neighbours_appear_and_the_mean_is_the_value(
     low, high = sorted((at.item(), torch.nextafter(at, torch.tensor(math.inf, dtype=dtype)).item()))
     value = torch.tensor(low + share * (high - low), dtype=torch.float32)
     exact = (value.double().item() - low) / (high - low)
-    found = merge.round_stochastic(value.expand(number), dtype, seeded())
+    found = rounding.round_stochastic(value.expand(number), dtype, seeded())
     assert found.dtype == dtype
     assert set(found.tolist()) == {low, high}
     deviation = math.sqrt(exact * (1 - exact) / number)
@@ -85,7 +85,7 @@ def test_the_mean_over_many_roundings_is_the_value(dtype: torch.dtype) -> None:
     generator, number = seeded(), 2000
     total = torch.zeros(values.shape, dtype=torch.float64)
     for _ in range(number):
-        total += merge.round_stochastic(values, dtype, generator).double()
+        total += rounding.round_stochastic(values, dtype, generator).double()
     gap = torch.tensor([high - low for low, high in (neighbours(value, dtype) for value in values.tolist())])
     error = (total / number - values.double()) / (gap / 2 / math.sqrt(number))
     assert error.abs().max() < 5.5
@@ -95,7 +95,7 @@ def test_the_mean_over_many_roundings_is_the_value(dtype: torch.dtype) -> None:
 @halves
 def test_a_value_that_the_type_holds_stays(dtype: torch.dtype) -> None:
     values = torch.cat([(0.02 * drawn(5000)).to(dtype).float(), torch.tensor([0.0, 1.0, -2.0])])
-    assert torch.equal(merge.round_stochastic(values, dtype, seeded()).float(), values)
+    assert torch.equal(rounding.round_stochastic(values, dtype, seeded()).float(), values)
 
 
 @halves
@@ -105,20 +105,20 @@ def test_an_update_below_half_a_step_arrives_on_average(dtype: torch.dtype) -> N
     low, high = neighbours(0.02 * (1 + 1e-5), dtype)
     update = 0.03 * (high - low)
     assert torch.equal((weight + update).to(dtype).float(), weight)
-    arrived = (merge.round_stochastic(weight + update, dtype, seeded()).double() - weight.double()).mean().item()
+    arrived = (rounding.round_stochastic(weight + update, dtype, seeded()).double() - weight.double()).mean().item()
     assert arrived == pytest.approx(update, rel=0.15)
 
 
 @halves
 def test_what_is_not_finite_is_kept(dtype: torch.dtype) -> None:
     values = torch.tensor([math.inf, -math.inf, math.nan, 1.0]).repeat(500)
-    found = merge.round_stochastic(values, dtype, seeded()).float()
+    found = rounding.round_stochastic(values, dtype, seeded()).float()
     torch.testing.assert_close(found, values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_float16_below_its_normal_range_stays_between_its_neighbours() -> None:
     units = torch.linspace(0.1, 40.0, 400)
-    found = merge.round_stochastic(units * 2.0**-24, torch.float16, seeded()).double() * 2.0**24
+    found = rounding.round_stochastic(units * 2.0**-24, torch.float16, seeded()).double() * 2.0**24
     assert torch.equal(found, found.round())
     assert ((found - units).abs() < 1).all()
 
@@ -127,11 +127,11 @@ def test_float16_below_its_normal_range_stays_between_its_neighbours() -> None:
 def test_rounding_follows_its_generator_alone(dtype: torch.dtype) -> None:
     values = drawn(300).float()
     torch.manual_seed(1)
-    first = merge.round_stochastic(values, dtype, seeded(3))
+    first = rounding.round_stochastic(values, dtype, seeded(3))
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    assert torch.equal(merge.round_stochastic(values, dtype, seeded(3)), first)
-    assert not torch.equal(merge.round_stochastic(values, dtype, seeded(4)), first)
+    assert torch.equal(rounding.round_stochastic(values, dtype, seeded(3)), first)
+    assert not torch.equal(rounding.round_stochastic(values, dtype, seeded(4)), first)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -140,10 +140,10 @@ def test_rounding_follows_its_generator_alone(dtype: torch.dtype) -> None:
 def test_values_are_not_changed_and_their_shape_and_kind_do_not_matter(dtype: torch.dtype) -> None:
     values = drawn(6, 8)
     before = values.clone()
-    found = merge.round_stochastic(values, dtype, seeded())
+    found = rounding.round_stochastic(values, dtype, seeded())
     assert torch.equal(values, before)
-    assert torch.equal(merge.round_stochastic(values.float(), dtype, seeded()), found)
-    turned = merge.round_stochastic(values.t(), dtype, seeded())
+    assert torch.equal(rounding.round_stochastic(values.float(), dtype, seeded()), found)
+    turned = rounding.round_stochastic(values.t(), dtype, seeded())
     assert turned.shape == (8, 6)
 
 
@@ -151,7 +151,7 @@ def test_values_are_not_changed_and_their_shape_and_kind_do_not_matter(dtype: to
 def test_longer_types_are_left_alone(dtype: torch.dtype) -> None:
     values, generator = drawn(100).to(dtype), seeded()
     before = generator.get_state()
-    assert torch.equal(merge.round_stochastic(values, dtype, generator), values)
+    assert torch.equal(rounding.round_stochastic(values, dtype, generator), values)
     assert torch.equal(generator.get_state(), before)
 
 

@@ -198,7 +198,12 @@ def target_layers(model: nn.Module, patterns: Sequence[str], *, rank: int) -> di
                 f"target pattern {pattern!r} matches weights of this model, but none of a linear layer, and LoRA's "
                 "factors are put beside these. Leave it out."
             )
-    problems = [p for name, layer in found.items() for p in rank_problems(rank, tuple(layer.weight.shape), name)]
+    problems = [p for name, layer in found.items() for p in rank_problems(rank, _sizes(layer), name)]
     if problems:
         raise ConfigError(problems[0])
     return found
+
+
+def _sizes(layer: Any) -> tuple[int, ...]:
+    """Rows and columns of a layer, whose weight may be kept as codes of another shape."""
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)

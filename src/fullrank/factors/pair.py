@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fullrank.errors import ConfigError
-from fullrank.ops import merge
+from fullrank.ops import merge, rounding
 from fullrank.sharding import Split, all_reduce, keep_, local, split_of, whole
 
 
@@ -153,7 +153,7 @@ class LowRankPair:
     def write_(self, values: Tensor, generator: torch.Generator | None, *, stochastic: bool) -> Tensor:
         """Store values of what this process holds (M x N) in the weight's own type; returns what is stored."""
         weight = local(self.weight)
-        stored = merge.round_stochastic(values, weight.dtype, generator) if stochastic else values.to(weight.dtype)
+        stored = rounding.round_stochastic(values, weight.dtype, generator) if stochastic else values.to(weight.dtype)
         weight.copy_((stored.t() if self.transposed else stored).reshape(weight.shape))
         return stored
 

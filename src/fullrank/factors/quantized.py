@@ -6,6 +6,7 @@ stored differs from what was meant. The error is returned with every merge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from fullrank.factors.pair import LayerPair
 KINDS = ("Params4bit", "Int8Params")
 
 
-def is_quantized(weight: Tensor) -> bool:
+def is_quantized(weight: Any) -> bool:
     """Whether a weight is kept as bitsandbytes' codes."""
     return type(weight).__name__ in KINDS and not getattr(weight, "has_fp16_weights", False)
 
@@ -34,17 +35,7 @@ class QuantizedPair(LayerPair):
 
     def read(self) -> Tensor:
         """The decoded weight (M x N, float32)."""
-        from bitsandbytes import functional
-
-        base = self.layer.get_base_layer()
-        weight: Any = base.weight
-        if type(weight).__name__ == "Params4bit":
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
-                base.state_dict()  # turns the layout that bitsandbytes uses for inference on CPUs back
-            decoded: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state).float()
-            return decoded
-        values: Tensor = functional.int8_vectorwise_dequant(*_int8(base)).float()
-        return values
+        return read_codes(self.layer.get_base_layer())
 
     def write_(self, values: Tensor, generator: torch.Generator | None, *, stochastic: bool) -> Tensor:
         """Encode values (M x N) to nearest in the weight's own format; returns what that decodes to."""
@@ -68,20 +59,42 @@ class QuantizedPair(LayerPair):
 
     def stored(self) -> dict[str, Tensor]:
         """Codes and what decodes them, by bitsandbytes' own names."""
-        base = self.layer.get_base_layer()
-        return {name: tensor for name, tensor in base.state_dict().items() if name != "bias"}
+        return codes_of(self.layer.get_base_layer())
 
     def restore_(self, tensors: dict[str, Tensor]) -> None:
         """Take back what ``stored`` gave."""
-        base = self.layer.get_base_layer()
-        weight: Any = base.weight
-        if type(weight).__name__ == "Params4bit":
-            statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-            found = type(weight).from_prequantized(tensors["weight"], statistics, device=weight.device)
-            weight.data, weight.quant_state = found.data, found.quant_state
-            base.quant_state = weight.quant_state
-        else:
-            _keep_int8(base, tensors["weight"].to(weight.device), tensors["SCB"].to(weight.device))
+        keep_codes_(self.layer.get_base_layer(), tensors)
+
+
+def read_codes(base: Any) -> Tensor:
+    """The decoded weight of a layer (M x N, float32)."""
+    from bitsandbytes import functional
+
+    weight: Any = base.weight
+    if type(weight).__name__ == "Params4bit":
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            base.state_dict()  # turns the layout that bitsandbytes uses for inference on CPUs back
+        decoded: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        return decoded
+    values: Tensor = functional.int8_vectorwise_dequant(*_int8(base)).float()
+    return values
+
+
+def codes_of(base: Any) -> dict[str, Tensor]:
+    """Codes of a layer and what decodes them, by bitsandbytes' own names."""
+    return {name: tensor for name, tensor in base.state_dict().items() if name != "bias"}
+
+
+def keep_codes_(base: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put codes into a layer, with what decodes them: what ``codes_of`` gave."""
+    weight: Any = base.weight
+    if type(weight).__name__ == "Params4bit":
+        statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
+        found = type(weight).from_prequantized(tensors["weight"], statistics, device=weight.device)
+        weight.data, weight.quant_state = found.data, found.quant_state
+        base.quant_state = weight.quant_state
+    else:
+        _keep_int8(base, tensors["weight"].to(weight.device), tensors["SCB"].to(weight.device))
 
 
 def _int8(base: Any) -> tuple[Tensor, Tensor]:

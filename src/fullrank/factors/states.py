@@ -1,7 +1,7 @@
 """What a restart does to an optimizer's state: back to zero, or all but its largest entries dropped.
 
 Written for the states of Adam and its kin wherever they are kept: torch's classes (plain, foreach,
-fused), this package's, and bitsandbytes' 8-bit ones, whose dropped entries get the code of zero. States may
+fused), this package's, and bitsandbytes'. Of 8-bit moments dropped entries get the code of zero. States may
 be sharded (FSDP2): the entries that are dropped are those of one process, and counts are of all.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fullrank import moments
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.optimizer import MethodOptimizer
 from fullrank.sharding import all_reduce, is_sharded, local, part_of, split_of, whole
@@ -111,7 +112,7 @@ def _prune_(
 ) -> None:
     """Zero the same share of every moment, at the same entries."""
     first = next((key for key in FIRST if key in state), None)
-    if first is None or not _is_plain(state[first]):
+    if first is None or not (_is_plain(state[first]) or moments.is_coded(state, first)):
         raise UnsupportedError(
             f"reset {how!r} needs a first moment ({', '.join(FIRST)}) in plain tensors, and the state of a parameter "
             f"of shape {tuple(parameter.shape)} holds {', '.join(map(str, state)) or 'nothing'}. Use reset 'zero'."
@@ -119,7 +120,7 @@ def _prune_(
     moment = state[first]
     num_dropped = round(ratio * moment.numel())
     if how == "magnitude":
-        order = whole(_values(state, first)).abs().flatten().topk(num_dropped, largest=False).indices
+        order = _whole_values(state, first).abs().flatten().topk(num_dropped, largest=False).indices
     else:
         order = torch.randperm(moment.numel(), generator=generator)[:num_dropped].to(moment.device)
     for key, value in _moments(state).items():
@@ -127,18 +128,20 @@ def _prune_(
             continue
         if is_sharded(value):
             dropped = torch.zeros(moment.numel(), dtype=torch.bool, device=order.device).index_fill_(0, order, True)
-            local(value).masked_fill_(local(part_of(dropped.view(moment.shape), value)), 0)
+            local(value).masked_fill_(local(part_of(dropped.view(moment.shape), value)), _zero_of(state, key))
             continue
         flat = value.reshape(-1)  # a copy where the moment has no flat view
         flat[order] = _zero_of(state, key)
         value.copy_(flat.view(moment.shape))
 
 
-def _values(state: dict[str, Any], key: str) -> Tensor:
-    """A moment as numbers, decoded if it is kept as 8-bit codes."""
+def _whole_values(state: dict[str, Any], key: str) -> Tensor:
+    """A moment as numbers, decoded if it is kept as 8-bit codes; a collective if it is sharded."""
     moment: Tensor = state[key]
+    if moments.is_coded(state, key):
+        return moments.read({name: whole(state[name]) for name in (key, key + moments.SCALE)}, key)
     if moment.dtype != torch.uint8:
-        return moment
+        return whole(moment)
     table, scales = (state[name] for name in CODES[key])
     block = -(-moment.numel() // scales.numel())
     block = 1 << (block - 1).bit_length()  # bitsandbytes' blocks are powers of two, the last one may be shorter
@@ -150,7 +153,10 @@ def _count(state: dict[str, Any]) -> Reset:
     """How many entries of the moments are zero."""
     result = Reset(0, 0)
     for key, moment in _moments(state).items():
-        num_zero = (local(moment) == _zero_of(state, key)).sum()
+        if moments.is_coded(state, key):
+            num_zero = (moments.read({k: local(state[k]) for k in (key, key + moments.SCALE)}, key) == 0).sum()
+        else:
+            num_zero = (local(moment) == _zero_of(state, key)).sum()
         if (split := split_of(moment)) is not None and split.is_cut:
             (num_zero,) = all_reduce([num_zero], split.group)
         result += Reset(int(num_zero), moment.numel())
@@ -163,7 +169,9 @@ def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _zero_of(state: dict[str, Any], key: str) -> int:
-    """What stands for zero in a moment: 0, or of 8-bit codes the one that bitsandbytes' table maps to 0."""
+    """What stands for zero in a moment: 0, or of 8-bit codes the one that their table maps to 0."""
     if state[key].dtype != torch.uint8:
         return 0
+    if moments.is_coded(state, key):
+        return moments.zero_code(key)
     return int(state[CODES[key][0]].abs().argmin())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fullrank.adamw import AdamW, AdamWConfig, config_problems, make_adamw, state_bytes_of
 from fullrank.errors import UnsupportedError
 from fullrank.factors.cycles import Cycles
 from fullrank.factors.find import find_pairs, lora_layers, target_layers
 from fullrank.factors.pair import LowRankPair
-from fullrank.optimizer import AdamConfig, adam_problems
 from fullrank.params import class_head
 from fullrank.sharding import gathered_together
 
@@ -24,11 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorConfig(AdamConfig):
+class FactorConfig(AdamWConfig):
     """Options of the methods that train LoRA's factors."""
 
-    eps: float = 1e-8
-    """Added to the root of the bias-corrected second moment."""
     rank: int = 128
     """Rank of the factors, at most the short side of each matrix."""
     lora_alpha: float = 32.0
@@ -89,7 +86,7 @@ class AdapterRequest:
 
 def factor_problems(config: FactorConfig, cycles: Cycles) -> list[str]:
     """What is wrong with the options, one sentence each."""
-    problems = adam_problems(dataclasses.asdict(config)) + cycles.problems()
+    problems = config_problems(config) + cycles.problems()
     if not 0.0 < config.lora_alpha < math.inf:
         problems.append(
             f"lora_alpha must be above 0 and finite, got {config.lora_alpha!r}. The scale is lora_alpha / rank."
@@ -150,14 +147,14 @@ def wanted_beside(model: nn.Module, config: FactorConfig) -> set[nn.Parameter]:
     return wanted
 
 
-def make_optimizer(parts: Parts, config: FactorConfig) -> torch.optim.AdamW:
-    """AdamW, fused, over the factors, what trains beside them, and for a warm start the rest; freezes what waits."""
+def make_optimizer(parts: Parts, config: FactorConfig) -> torch.optim.AdamW | AdamW:
+    """AdamW over the factors, what trains beside them, and for a warm start the rest; freezes what waits."""
     factors = [parameter for pair in parts.pairs for parameter in pair.parameters()]
     for parameter in (*(pair.weight for pair in parts.pairs), *parts.frozen):
         parameter.requires_grad_(False)
     for parameter in (*factors, *parts.beside):
         parameter.requires_grad_(True)
-    groups: list[dict[str, list[Tensor]]] = [{"params": factors}]
+    groups: list[dict[str, Any]] = [{"params": factors}]
     if parts.beside:
         groups.append({"params": list(parts.beside)})
     if config.warm_start_steps:
@@ -171,10 +168,7 @@ def make_optimizer(parts: Parts, config: FactorConfig) -> torch.optim.AdamW:
         sum(pair.weight.numel() for pair in parts.pairs) + sum(parameter.numel() for parameter in parts.frozen),
         f" after {config.warm_start_steps} steps" if config.warm_start_steps else "",
     )
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    return make_adamw(groups, config, seed=config.seed)
 
 
 def refuse_mixed_types(model: nn.Module, also: Iterable[Tensor] = ()) -> None:
@@ -207,25 +201,27 @@ def planned_state_bytes(model: nn.Module, config: FactorConfig) -> int:
     """
     if next(lora_layers(model), None) is not None:
         pairs = find_pairs(model)
-        factors = [(p.numel(), p.element_size()) for pair in pairs for p in pair.parameters()]
+        factors = [(tuple(p.shape), p.dtype) for pair in pairs for p in pair.parameters()]
         taken = {p for pair in pairs for p in pair.parameters()}
         targets = {pair.weight for pair in pairs}
     else:
         layers = target_layers(model, config.target_modules, rank=config.rank)
-        factors = [size for layer in layers.values() for size in _factor_sizes(layer.weight, config)]
+        factors = [factor for layer in layers.values() for factor in _factor_shapes(layer, config)]
         taken, targets = set(), {layer.weight for layer in layers.values()}
     dense = [parameter for parameter in model.parameters() if parameter not in taken]
     wanted = wanted_beside(model, config) - targets
-    later = [*factors, *((p.numel(), p.element_size()) for p in dense if p in wanted)]
-    first = [(p.numel(), p.element_size()) for p in dense] if config.warm_start_steps else []
-    return max(sum(2 * numel * size + 4 for numel, size in sizes) for sizes in (later, first))
+    later = [*factors, *((tuple(p.shape), p.dtype) for p in dense if p in wanted)]
+    first = [(tuple(p.shape), p.dtype) for p in dense] if config.warm_start_steps else []
+    return max(sum(state_bytes_of(shape, dtype, config) for shape, dtype in kinds) for kinds in (later, first))
 
 
-def _factor_sizes(weight: Tensor, config: FactorConfig) -> list[tuple[int, int]]:
-    """Number of elements and bytes of each of A, B and a trained scale that a weight would get."""
-    size = (_factor_dtype(config) or weight.dtype).itemsize
-    scale = [(1, 4)] if config.trainable_scaling else []
-    return [(config.rank * weight.shape[0], size), (config.rank * weight.shape[1], size), *scale]
+def _factor_shapes(layer: nn.Module, config: FactorConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each of A, B and a trained scale that a layer would get."""
+    weight: Any = layer.weight
+    dtype = _factor_dtype(config) or weight.dtype
+    rows, columns = reversed(weight.shape) if type(layer).__name__ == "Conv1D" else weight.shape
+    scale: list[tuple[tuple[int, ...], torch.dtype]] = [((1,), torch.float32)] if config.trainable_scaling else []
+    return [((config.rank, columns), dtype), ((rows, config.rank), dtype), *scale]
 
 
 def _factor_dtype(config: FactorConfig) -> torch.dtype | None:

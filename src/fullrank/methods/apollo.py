@@ -54,8 +54,12 @@ class ApolloAdamW(ProjectedAdamW):
         limiter_floor: Root mean square below which a previous norm does not limit.
         rotate_moments: Carry the moments into the new basis at a refresh.
         stagger_refresh: Spread the refreshes of the matrices over the gap, so that no step stands out.
-        state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
-            parameters keep their moments in their own dtype, as torch.optim.AdamW does.
+        state_dtype: dtype of the low-rank moments ("float32", "bfloat16", or "8bit": codes with scales); None: the
+            weight's.
+        plain_state_dtype: The same of all other parameters; None: their own, as in torch.optim.AdamW, or "8bit"
+            where ``state_dtype`` is.
+        weight_rounding: How a stepped bfloat16 or float16 weight is rounded: to the "nearest", or "stochastic", at
+            random around the float32 result, so that steps too small for the type arrive on average.
         seed: Seed of random directions; use the same on every rank.
         partition_states: Under DDP over all processes, let each keep, refresh and step its share of the parameters.
 
@@ -84,6 +88,8 @@ class ApolloAdamW(ProjectedAdamW):
         rotate_moments: bool = False,
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
+        plain_state_dtype: str | torch.dtype | None = None,
+        weight_rounding: str = "nearest",
         seed: int = 0,
         partition_states: bool = False,
     ) -> None:
@@ -106,6 +112,8 @@ class ApolloAdamW(ProjectedAdamW):
                 "rotate_moments": rotate_moments,
                 "stagger_refresh": stagger_refresh,
                 "state_dtype": state_dtype,
+                "plain_state_dtype": plain_state_dtype,
+                "weight_rounding": weight_rounding,
                 "seed": seed,
             },
             partition_states=partition_states,
@@ -114,7 +122,7 @@ class ApolloAdamW(ProjectedAdamW):
     def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Scale the raw gradient: Algorithm 1 of the paper."""
         whole = group["scaling"] == "tensor" or matrix.basis_left is not None
-        low_norms, direction_norms = yield from matrix.low_norms(matrix.low, matrix.direction, whole=whole)
+        low_norms, direction_norms = yield from matrix.low_norms(whole=whole)
         factor = direction_norms / (low_norms + 1e-8)
         if group["limiter_gamma"] is not None:
             grad_norms_sq = yield from matrix.norms_sq(matrix.grad, whole=whole)

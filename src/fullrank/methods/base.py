@@ -76,8 +76,12 @@ class ProjectionConfig(AdamConfig):
     """Carry the moments into the new basis at a refresh."""
     stagger_refresh: bool = False
     """Spread the refreshes of the matrices over the gap, so that no step stands out."""
-    state_dtype: Literal["float32", "bfloat16"] | None = "float32"
-    """Data type of the low-rank moments; null: that of the weights, which plain ones always have."""
+    state_dtype: Literal["float32", "bfloat16", "8bit"] | None = "float32"
+    """Data type of the low-rank moments; null: that of the weights; 8bit: block-wise codes (extra ``quant``)."""
+    plain_state_dtype: Literal["float32", "bfloat16", "8bit"] | None = None
+    """The same of all other parameters' moments; null: that of the weights, or 8bit where ``state_dtype`` is."""
+    weight_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How a stepped bfloat16 or float16 weight is rounded: to the nearest, or at random so that its mean is exact."""
     partition_states: bool = False
     """Under DDP, let each process keep, refresh and step its share of the parameters and send on their weights."""
     lora_rank: int | None = None
@@ -151,6 +155,8 @@ def projection_options(config: ProjectionConfig) -> dict[str, Any]:
         "rotate_moments": config.rotate_moments,
         "stagger_refresh": config.stagger_refresh,
         "state_dtype": config.state_dtype,
+        "plain_state_dtype": config.plain_state_dtype,
+        "weight_rounding": config.weight_rounding,
         "seed": config.seed,
         "partition_states": config.partition_states,
     }

@@ -49,7 +49,7 @@ class _Fira(ProjectedOptimizer):
         outside = group["alpha"] if on_update else 1.0  # what alpha makes of the residual's step
 
         # Norm-based scaling: s = |N| / |R|, and the squared norms of the residual E.
-        low_norms, direction_norms = yield from matrix.low_norms(matrix.low, matrix.direction, whole=whole)
+        low_norms, direction_norms = yield from matrix.low_norms(whole=whole)
         factor = direction_norms / (low_norms + 1e-8)
         residual = None
         if lowrank.uses_direct_residual(matrix.cut.num_columns, matrix.basis.shape[1]):
@@ -68,14 +68,24 @@ class _Fira(ProjectedOptimizer):
 
         # W -= step * (alpha N Q^T + outside * S)
         scale = -matrix.step_size * matrix.keep
-        low = group["alpha"] * matrix.direction
+        low = matrix.direction if group["alpha"] == 1.0 else group["alpha"] * matrix.direction
         if residual is None:
             low.addcmul_(factor, matrix.low, value=-kept * outside)
             residual = matrix.grad
         low = yield from matrix.all_rows(low)
         factor = factor if whole else (yield from matrix.all_rows(factor))
-        lowrank.add_lifted_(matrix.weight, low, matrix.basis, matrix.basis_left, scale=scale, keep=matrix.keep)
-        lowrank.add_scaled_(matrix.weight, residual, factor, scale=scale * outside)
+        if outside != 1.0:
+            factor = factor * outside
+        lowrank.add_lifted_(
+            matrix.weight,
+            low,
+            matrix.basis,
+            matrix.basis_left,
+            scale=scale,
+            keep=matrix.keep,
+            rest_MN=residual,
+            factor=factor,
+        )
 
     def option_problems(self, group: dict[str, Any]) -> list[str]:
         """What is wrong with the options of a projected group, one sentence each."""
@@ -113,8 +123,12 @@ class FiraAdamW(_Fira, ProjectedAdamW):
         limiter_floor: Root mean square below which a previous norm does not limit; 0 as in the authors' code.
         rotate_moments: Carry the moments into the new basis at a refresh.
         stagger_refresh: Spread the refreshes of the matrices over the gap, so that no step stands out.
-        state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
-            parameters keep their moments in their own dtype, as torch.optim.AdamW does.
+        state_dtype: dtype of the low-rank moments ("float32", "bfloat16", or "8bit": codes with scales); None: the
+            weight's.
+        plain_state_dtype: The same of all other parameters; None: their own, as in torch.optim.AdamW, or "8bit"
+            where ``state_dtype`` is.
+        weight_rounding: How a stepped bfloat16 or float16 weight is rounded: to the "nearest", or "stochastic", at
+            random around the float32 result, so that steps too small for the type arrive on average.
         seed: Seed of random directions; use the same on every rank.
         partition_states: Under DDP over all processes, let each keep, refresh and step its share of the parameters.
 
@@ -144,6 +158,8 @@ class FiraAdamW(_Fira, ProjectedAdamW):
         rotate_moments: bool = False,
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
+        plain_state_dtype: str | torch.dtype | None = None,
+        weight_rounding: str = "nearest",
         seed: int = 0,
         partition_states: bool = False,
     ) -> None:
@@ -167,6 +183,8 @@ class FiraAdamW(_Fira, ProjectedAdamW):
                 "rotate_moments": rotate_moments,
                 "stagger_refresh": stagger_refresh,
                 "state_dtype": state_dtype,
+                "plain_state_dtype": plain_state_dtype,
+                "weight_rounding": weight_rounding,
                 "seed": seed,
             },
             partition_states=partition_states,
@@ -200,6 +218,8 @@ class FiraRMSprop(_Fira, ProjectedRMSprop):
         rotate_moments: bool = False,
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
+        plain_state_dtype: str | torch.dtype | None = None,
+        weight_rounding: str = "nearest",
         seed: int = 0,
         partition_states: bool = False,
     ) -> None:
@@ -222,6 +242,8 @@ class FiraRMSprop(_Fira, ProjectedRMSprop):
                 "rotate_moments": rotate_moments,
                 "stagger_refresh": stagger_refresh,
                 "state_dtype": state_dtype,
+                "plain_state_dtype": plain_state_dtype,
+                "weight_rounding": weight_rounding,
                 "seed": seed,
             },
             partition_states=partition_states,

@@ -30,11 +30,11 @@ from fullrank.methods.base import (
     projection_options,
 )
 from fullrank.ops import lowrank
-from fullrank.projected import MatrixStep, ProjectedAdamW, ProjectedOptimizer, ProjectedRMSprop
+from fullrank.projected import MatrixStep, ProjectedAdamW, ProjectedRMSprop, SummedOptimizer
 from fullrank.sharding import Routine
 
 
-class _GaLore(ProjectedOptimizer):
+class _GaLore(SummedOptimizer):
     def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Lift the direction and add it: Algorithm 2 of the paper."""
         direction = yield from matrix.all_rows(matrix.direction)
@@ -66,8 +66,12 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
         basis: svd (exact), power (warm-started block power iteration) or random (orthonormal).
         rotate_moments: Carry the moments into the new basis at a refresh.
         stagger_refresh: Spread the refreshes of the matrices over the gap, so that no step stands out.
-        state_dtype: dtype of the low-rank moments ("float32", "bfloat16"); None: the weight's. Plain
-            parameters keep their moments in their own dtype, as torch.optim.AdamW does.
+        state_dtype: dtype of the low-rank moments ("float32", "bfloat16", or "8bit": codes with scales); None: the
+            weight's.
+        plain_state_dtype: The same of all other parameters; None: their own, as in torch.optim.AdamW, or "8bit"
+            where ``state_dtype`` is.
+        weight_rounding: How a stepped bfloat16 or float16 weight is rounded: to the "nearest", or "stochastic", at
+            random around the float32 result, so that steps too small for the type arrive on average.
         seed: Seed of random directions; use the same on every rank.
         partition_states: Under DDP over all processes, let each keep, refresh and step its share of the parameters.
 
@@ -93,6 +97,8 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
         rotate_moments: bool = False,
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
+        plain_state_dtype: str | torch.dtype | None = None,
+        weight_rounding: str = "nearest",
         seed: int = 0,
         partition_states: bool = False,
     ) -> None:
@@ -112,6 +118,8 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
                 "rotate_moments": rotate_moments,
                 "stagger_refresh": stagger_refresh,
                 "state_dtype": state_dtype,
+                "plain_state_dtype": plain_state_dtype,
+                "weight_rounding": weight_rounding,
                 "seed": seed,
             },
             partition_states=partition_states,
@@ -141,6 +149,8 @@ class GaLoreRMSprop(_GaLore, ProjectedRMSprop):
         rotate_moments: bool = False,
         stagger_refresh: bool = False,
         state_dtype: str | torch.dtype | None = "float32",
+        plain_state_dtype: str | torch.dtype | None = None,
+        weight_rounding: str = "nearest",
         seed: int = 0,
         partition_states: bool = False,
     ) -> None:
@@ -159,6 +169,8 @@ class GaLoreRMSprop(_GaLore, ProjectedRMSprop):
                 "rotate_moments": rotate_moments,
                 "stagger_refresh": stagger_refresh,
                 "state_dtype": state_dtype,
+                "plain_state_dtype": plain_state_dtype,
+                "weight_rounding": weight_rounding,
                 "seed": seed,
             },
             partition_states=partition_states,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fullrank.adamw import AdamWConfig, config_problems, make_adamw, state_bytes_of
 from fullrank.adapter import Change, save_adapter
 from fullrank.errors import ConfigError
 from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
 from fullrank.ops.seeded import seeded
-from fullrank.optimizer import AdamConfig, adam_problems
 from fullrank.sharding import local, process_number, whole
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.seat import SUFFIX, divide, layout_of
@@ -255,13 +256,11 @@ class SIFT(SparseTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiftConfig(AdamConfig):
+class SiftConfig(AdamWConfig):
     """Options of SIFT with AdamW."""
 
     lr: float = 2e-4
     """Peak learning rate."""
-    eps: float = 1e-8
-    """Added to the root of the bias-corrected second moment."""
     density: float = 0.01
     """Share of the units of each target weight that trains (the paper's sparse rate)."""
     target_modules: list[str] = field(default_factory=lambda: ["attn", "mlp"])
@@ -287,9 +286,9 @@ class SiftConfig(AdamConfig):
 
 
 def build(model: nn.Module, config: SiftConfig) -> Built:
-    """SIFT on the model and torch's fused AdamW on what it trains."""
-    options = dataclasses.asdict(config)
-    if problems := adam_problems(options) + setting_problems(options):
+    """SIFT on the model and AdamW, torch's fused one by default, on what it trains."""
+    problems = config_problems(config, model.parameters())
+    if problems := problems + setting_problems(dataclasses.asdict(config)):
         raise ConfigError(" ".join(problems))
     sift = SIFT(
         model,
@@ -306,15 +305,11 @@ def build(model: nn.Module, config: SiftConfig) -> Built:
         keep_base=config.keep_base,
         gradient_checkpointing=True,
     )
-    betas = (config.betas[0], config.betas[1])
-    optimizer = torch.optim.AdamW(
-        sift.parameters_in_optimizer(),
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    groups: list[dict[str, Any]] = [{"params": list(sift.parameters_in_optimizer())}]
+    if config.state_dtype is not None:  # chosen entries are a vector, of which no process has a part: of flat blocks
+        groups = [{"params": list(sift.sparse_mapping.values()), "blocks": _blocks(config)}]
+        groups += [{"params": list(sift.dense.values())}] if sift.dense else []
+    optimizer = make_adamw(groups, config, seed=config.seed)
     return Built(optimizer, save_adapter=sift.save_adapter if config.keep_base else None)
 
 
@@ -324,14 +319,21 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
     With ``reselect_every`` and ``keep_base`` the record grows in host memory by every entry that trains for a time.
     """
     targets, dense, _ = divide(model, config.target_modules, config.exception)
-    total = sum(2 * p.numel() * p.element_size() + 4 for p in dense.values())
+    total = sum(state_bytes_of(p.shape, p.dtype, config) for p in dense.values())
     for name, weight in targets.items():
         layout = layout_of(model, name, weight, config.granularity, config.block_size, config.scope)
-        units = num_chosen(config.density, layout) * (layout.rows if layout.per_row else 1)
-        value = torch.promote_types(weight.dtype, torch.float32).itemsize
-        total += units * layout.unit_numel * (3 * value + (weight.element_size() if config.keep_base else 0))
-        total += units * layout.index_dtype.itemsize + 4
+        num = num_chosen(config.density, layout)
+        shape = (layout.rows, num) if layout.per_row else (num * layout.unit_numel,)
+        value = torch.promote_types(weight.dtype, torch.float32)
+        total += state_bytes_of(shape, value, config, blocks=_blocks(config))
+        total += math.prod(shape) * (value.itemsize + (weight.element_size() if config.keep_base else 0))
+        total += math.prod(shape) // layout.unit_numel * layout.index_dtype.itemsize
     return total
+
+
+def _blocks(config: SiftConfig) -> Literal["rows", "flat"]:
+    """Where blocks of 8-bit moments lie: under scope row a process may have some rows of the values."""
+    return "rows" if config.scope == "row" else "flat"
 
 
 METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes, finetune_lr=2e-4)

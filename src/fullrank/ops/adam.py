@@ -34,7 +34,21 @@ def adam_direction_(
     """
     if _same_layout(grad, exp_avg, exp_avg_sq):
         direction = torch.zeros_like(grad)
-        _fused_([direction], [grad], [exp_avg], [exp_avg_sq], lr=-1.0, betas=betas, eps=eps, step=LATE)
+        torch._fused_adamw_(  # without torch.optim's sorting by device and dtype: there is one tensor
+            [direction],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.full((), LATE, dtype=torch.float32, device=grad.device)],
+            lr=-1.0,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
         return direction
     exp_avg.lerp_(grad, 1.0 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
@@ -119,3 +133,44 @@ def _same_layout(weight: Tensor, *others: Tensor) -> bool:
     return weight.device.type in ("cpu", "cuda") and all(
         t.dtype == weight.dtype and t.stride() == weight.stride() for t in others
     )
+
+
+def torch_adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    steps: list[int],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of ``torch.optim.AdamW`` on every tensor of the lists, each at its own step number (1, 2, ...).
+
+    Epsilon is added after the bias correction, and weights decay before the update. What torch's fused kernel does not
+    take, tensors of several dtypes or layouts, its loop does.
+    """
+    fits = list(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs))
+    for fused in {*fits}:
+        chosen = [number for number, fit in enumerate(fits) if fit == fused]
+        counts = [
+            torch.full((), steps[i] - 1.0, device=weights[i].device if fused else "cpu")  # the kernel counts first
+            for i in chosen
+        ]
+        lists = [[tensors[i] for i in chosen] for tensors in (weights, grads, exp_avgs, exp_avg_sqs)]
+        adamw(
+            *lists,
+            [],
+            counts,
+            foreach=False,
+            fused=fused,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fullrank.ops.kernels import onednn
+
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 """GaLore's names for the projected side: short, long, columns, rows, both."""
 
@@ -74,7 +76,7 @@ def power_basis(grad_MN: Tensor, start_Nr: Tensor, *, iterations: int = 1) -> Te
 def power_image(grad_MN: Tensor, basis_Nr: Tensor) -> Tensor:
     """G Q (M x r), the first half of a power iteration, in the gradient's dtype (float32 for float16)."""
     grad_MN = _in_power_dtype(grad_MN)
-    return grad_MN @ basis_Nr.to(grad_MN.dtype)
+    return onednn.matmul(grad_MN, basis_Nr.to(grad_MN.dtype))
 
 
 def power_square(grad_MN: Tensor, image_Mr: Tensor, size: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def power_square(grad_MN: Tensor, image_Mr: Tensor, size: Tensor) -> Tensor:
     """
     grad_MN = _in_power_dtype(grad_MN)
     scaled_Mr = (image_Mr / size.clamp_min(torch.finfo(image_Mr.dtype).tiny)).to(grad_MN.dtype)
-    return _in_working_dtype(grad_MN.t() @ scaled_Mr)
+    return _in_working_dtype(onednn.matmul(grad_MN.t(), scaled_Mr))
 
 
 def orthonormal(square_Nr: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def gaussian(
 
 def project(grad_MN: Tensor, basis_Nr: Tensor, basis_left_Mr: Tensor | None = None) -> Tensor:
     """R = G Q (M x r), or P^T G Q (r x r) with a left basis; float32 at least."""
-    low_Mr = grad_MN @ basis_Nr.to(grad_MN.dtype)
+    low_Mr = onednn.matmul(grad_MN, basis_Nr.to(grad_MN.dtype))
     if basis_left_Mr is not None:
         low_Mr = basis_left_Mr.to(low_Mr.dtype).t() @ low_Mr
     return _in_working_dtype(low_Mr)

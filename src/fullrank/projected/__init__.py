@@ -2,7 +2,8 @@
 
 from fullrank.projected.inner import ProjectedAdamW, ProjectedRMSprop
 from fullrank.projected.matrix import MatrixStep
-from fullrank.projected.options import dtype_name, is_projected
+from fullrank.projected.options import is_projected
+from fullrank.projected.summed import SummedOptimizer
 from fullrank.projected.training import ProjectedOptimizer
 
 __all__ = [
@@ -10,6 +11,6 @@ __all__ = [
     "ProjectedAdamW",
     "ProjectedOptimizer",
     "ProjectedRMSprop",
-    "dtype_name",
+    "SummedOptimizer",
     "is_projected",
 ]

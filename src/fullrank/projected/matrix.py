@@ -13,7 +13,7 @@ ever sees G whole; what is sent has a side of length r or 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,16 +96,17 @@ class MatrixStep:
     """1 - lr * weight_decay, the factor that decoupled decay leaves of the updated weight."""
     cut: Cut
 
-    def low_norms(self, *lows: Tensor, whole: bool) -> Asking:
-        """Norms of tensors shaped like R, stacked: of each own row (K x own rows x 1), or whole (K x 1 x 1)."""
-        norms = torch.stack([lowrank.norms(low, whole=whole) for low in lows])
+    def low_norms(self, *, whole: bool) -> Generator[Request, Tensor, tuple[Tensor, Tensor]]:
+        """Norms of R and of the direction: of each own row (own rows x 1), or whole (1 x 1)."""
+        norms = lowrank.norms(self.low, whole=whole), lowrank.norms(self.direction, whole=whole)
         if not whole or self.cut.side is None or self.basis_left is not None:
             return norms
-        return (yield from self.cut.total(norms.square())).sqrt()
+        low_norm, direction_norm = (yield from self.cut.total(torch.stack(norms).square())).sqrt()
+        return low_norm, direction_norm
 
     def norms_sq(self, matrix: Tensor, *, whole: bool) -> Asking:
         """Squared norms of a matrix cut like G: of each own row (own rows x 1), or whole (1 x 1)."""
-        norms_sq = lowrank.norms(matrix, whole=whole).square()
+        norms_sq = lowrank.norms_sq(matrix, whole=whole)
         if whole:
             return (yield from self.cut.total(norms_sq))
         if self.cut.side == "columns":

@@ -5,24 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fullrank.ops import subspace
 from fullrank.optimizer import is_number
 
 BASES = ("svd", "power", "random")
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def is_projected(parameter: Tensor, group: dict[str, Any]) -> bool:
     """Whether this group projects this parameter: a group with a rank, two or more dimensions."""
     return group["rank"] is not None and parameter.ndim >= 2
-
-
-def dtype_name(dtype: Any) -> Any:
-    """A torch dtype by its name, as groups hold it so that they save as plain values; anything else as it is."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def projection_problems(group: dict[str, Any]) -> list[str]:
@@ -37,8 +30,6 @@ def projection_problems(group: dict[str, Any]) -> list[str]:
         problems.append(f"proj_type must be one of {', '.join(subspace.PROJ_TYPES)}, got {group['proj_type']!r}.")
     if group["basis"] not in BASES:
         problems.append(f"basis must be one of {', '.join(BASES)}, got {group['basis']!r}.")
-    if group["state_dtype"] not in (*STATE_DTYPES, None):
-        problems.append(f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None, got {group['state_dtype']!r}.")
     for key, kind in (("rotate_moments", bool), ("stagger_refresh", bool), ("seed", int)):
         if not isinstance(group[key], kind):
             problems.append(f"{key} must be of type {kind.__name__}, got {group[key]!r}.")

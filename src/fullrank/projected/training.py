@@ -15,27 +15,32 @@ import math
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.moments import SCALE, dtype_name, kept_as, layout_of, opened, refuse_columns
 from fullrank.ops import lowrank, subspace
-from fullrank.optimizer import MethodOptimizer
+from fullrank.optimizer import MethodOptimizer, Seat
 from fullrank.params import rank_problems
 from fullrank.projected.basis import new_basis
+from fullrank.projected.kept import precision_problems, projected_spec
 from fullrank.projected.matrix import Cut, MatrixStep
-from fullrank.projected.options import STATE_DTYPES, dtype_name, is_projected, projection_problems
+from fullrank.projected.options import is_projected, projection_problems
 from fullrank.saved_state import StateSpec
 from fullrank.sharding import Asking, Request, Routine, Split, gradient_of, local, run_alone, run_together, split_of
+from fullrank.stepping import NO_EFFECT, has_no_effect, in_full, rounding_seed, rounds_at_random, stepped
 
 logger = logging.getLogger(__name__)
 
 WAVE = 1 << 26
 """Numbers that low-rank gradients and joined bases of the sharded matrices that are stepped together hold, at most."""
+
+Bases = tuple[Tensor, Tensor | None]
+"""The basis and the left one of proj_type "full", as a process's part of a matrix needs them."""
 
 
 class ProjectedOptimizer(MethodOptimizer):
@@ -47,7 +52,7 @@ class ProjectedOptimizer(MethodOptimizer):
     """State keys of the low-rank (or plain) moments, in the order of ``direction_``."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, partition_states: bool = False) -> None:
-        defaults = defaults | {"state_dtype": dtype_name(defaults["state_dtype"])}
+        defaults = defaults | {key: dtype_name(defaults[key]) for key in ("state_dtype", "plain_state_dtype")}
         super().__init__(params, defaults, partition_states=partition_states)
         if all(group["rank"] is None for group in self.param_groups):
             warnings.warn(
@@ -55,6 +60,8 @@ class ProjectedOptimizer(MethodOptimizer):
                 "Make the groups with fullrank.divide_params(model, target_modules_list=[...], rank=...).",
                 stacklevel=3,
             )
+        if has_no_effect(self.param_groups):
+            warnings.warn(NO_EFFECT, stacklevel=3)
         logger.info("%s", self.describe())
 
     @abstractmethod
@@ -83,6 +90,7 @@ class ProjectedOptimizer(MethodOptimizer):
     def option_problems(self, group: dict[str, Any]) -> list[str]:
         """What is wrong with the options of a group, one sentence each."""
         problems = super().option_problems(group)
+        problems += precision_problems(group)
         if group["rank"] is None:
             return problems
         problems += projection_problems(group)
@@ -109,48 +117,28 @@ class ProjectedOptimizer(MethodOptimizer):
             if "alpha" in param_group:
                 raise ConfigError("a parameter group has both alpha and scale, two names of one option. Keep alpha.")
             param_group["alpha"] = param_group.pop("scale")
-        if "state_dtype" in param_group:
-            param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
+        for key in param_group.keys() & {"state_dtype", "plain_state_dtype"}:
+            param_group[key] = dtype_name(param_group[key])
         super().add_param_group(param_group)
 
     def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:
-        """Low-rank moments in ``state_dtype``, basis and limiter in float32 (float64 for float64 weights).
-
-        A plain parameter's moments have its own dtype, as in ``torch.optim.AdamW``, but for float16:
-        squares of gradients vanish there, so they are float32.
-        """
-        spec: StateSpec = {"step": ((), torch.float32)}
-        if not is_projected(parameter, group):
-            plain = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
-            return spec | dict.fromkeys(self.moments, (tuple(parameter.shape), plain))
-        working = torch.promote_types(parameter.dtype, torch.float32)
-        moment = parameter.dtype if group["state_dtype"] is None else STATE_DTYPES[group["state_dtype"]]
-        if parameter.dtype == torch.float64:
-            moment = torch.float64
-        rank = group["rank"]
-        rows, columns = parameter.shape[0], parameter.shape[1:].numel()
-        if subspace.projects_rows((rows, columns), group["proj_type"]):
-            rows, columns = columns, rows
-        low = (rank if group["proj_type"] == "full" else rows, rank)
-        spec["basis"] = ((columns, rank), working)
-        if group["proj_type"] == "full":
-            spec["basis_left"] = ((rows, rank), working)
-        if group.get("limiter_gamma") is not None:
-            spec["limiter_norm"] = ((), working)
-        return spec | dict.fromkeys(self.moments, (low, moment))
+        """Step count, basis, limiter and moments (``kept``)."""
+        return projected_spec(parameter, group, self.moments)
 
     def state_layout(self, key: str, parameter: Tensor, group: dict[str, Any]) -> str:
         """Of bases and moments each process keeps its share of rows; those of "full" are r x r, and whole."""
         if not is_projected(parameter, group):
-            return "like"
+            return layout_of(key, parameter)
         is_cut = self._cut(parameter, group).side is not None
-        is_square = key in self.moments and group["proj_type"] == "full"
+        is_square = key.removesuffix(SCALE) in self.moments and group["proj_type"] == "full"
         return "rows" if is_cut and not is_square and key != "limiter_norm" else "whole"
 
     def refuse_layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Raise UnsupportedError where a sharded matrix would have to be gathered: for an exact SVD."""
         super().refuse_layout(name, parameter, group)
-        if is_projected(parameter, group) and group["basis"] == "svd" and self._cut(parameter, group).side:
+        if not is_projected(parameter, group):
+            refuse_columns(name, parameter, self.state_spec(parameter, group))
+        elif group["basis"] == "svd" and self._cut(parameter, group).side:
             raise UnsupportedError(
                 f"basis svd needs whole gradients, and {name} {tuple(parameter.shape)} is sharded over several "
                 'processes. Use basis="power", which never gathers them, or DDP.'
@@ -159,16 +147,14 @@ class ProjectedOptimizer(MethodOptimizer):
     def _cut(self, parameter: Tensor, group: dict[str, Any]) -> Cut:
         return Cut.of(parameter.shape, split_of(parameter), group["proj_type"])
 
-    def step_parameters(self) -> None:
+    def step_parameters(self, only: Sequence[Seat] | None = None) -> None:
         """Whole matrices one by one, then the cut ones in waves; plain parameters together by step number."""
         cut: list[tuple[Routine, Split, int]] = []
-        for number, group in enumerate(self.param_groups):
-            plain: dict[int, list[Tensor]] = defaultdict(list)
-            for index, parameter in enumerate(group["params"]):
-                if not self.steps_here(parameter):
-                    continue
+        for number, group, members in self.seated(only):
+            plain: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+            for index, parameter in members:
                 if not is_projected(parameter, group):
-                    plain[int(self.state[parameter]["step"].add_(1))].append(parameter)
+                    plain[int(self.state[parameter]["step"].add_(1))].append((index, parameter))
                     continue
                 place = self._cut(parameter, group)
                 routine = self._step_matrix(parameter, group, place, seat=(number, index))
@@ -176,50 +162,85 @@ class ProjectedOptimizer(MethodOptimizer):
                     run_alone(routine)
                 else:
                     # the same number in all processes, whatever their parts: they must form the same waves
-                    size = (-(-place.num_rows // place.split.num) + place.num_columns) * group["rank"]
+                    rows = -(-place.num_rows // place.split.num)
+                    size = (rows + place.num_columns) * group["rank"]
+                    if rounds_at_random(parameter, group):
+                        size += rows * place.num_columns  # a copy of the weight in float32
                     cut.append((routine, place.split, size))
             for step, parameters in plain.items():
-                states = [{key: local(value) for key, value in self.state[p].items()} for p in parameters]
-                grads = [gradient_of(parameter) for parameter in parameters]
-                self.plain_(group, [local(parameter) for parameter in parameters], grads, states, step)
+                self._step_plain(group, number, parameters, step)
         for wave in _waves(cut):
             run_together(wave)
 
-    def _step_matrix(self, parameter: Tensor, group: dict[str, Any], cut: Cut, *, seat: tuple[int, int]) -> Routine:
+    def _step_plain(self, group: dict[str, Any], number: int, members: list[tuple[int, Tensor]], step: int) -> None:
+        """Together those whose moments have their own type; one at a time those that are stepped in float32."""
+        weights: list[Tensor] = []
+        grads: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
+        for index, parameter in members:
+            state = {key: local(value) for key, value in self.state[parameter].items()}
+            seed = rounding_seed(parameter, group, (number, index), step)
+            if seed is None and state[self.moments[0]].dtype == kept_as(None, parameter.dtype):
+                weights.append(local(parameter))
+                grads.append(gradient_of(parameter))
+                states.append(state)
+                continue
+            with in_full(local(parameter), seed=seed) as weight, opened(state, self.moments, weight.dtype) as held:
+                self.plain_(group, [weight], [gradient_of(parameter).to(weight.dtype)], [held], step)
+        if weights:
+            self.plain_(group, weights, grads, states, step)
+
+    def _step_matrix(self, parameter: Tensor, group: dict[str, Any], cut: Cut, *, seat: Seat) -> Routine:
         """Refresh the basis if due, project, update the moments, and hand over to the method."""
         state = {key: local(value) for key, value in self.state[parameter].items()}
-        own = local(parameter)
-        matrix = subspace.as_matrix(own)
-        grad = subspace.as_matrix(gradient_of(parameter))
-        weight, grad = (matrix.t(), grad.t()) if cut.transposed else (matrix, grad)
-        done = int(state["step"])
-        due = subspace.refresh_due(done, group["update_proj_gap"], index=seat[1] if group["stagger_refresh"] else 0)
-        seed = subspace.mix_seed(group["seed"], *seat, done) if due else None
-        bases = yield from self._bases(state, grad, cut, group, seed=seed)
-        low = yield from _projected(grad, *bases, cut)
-        direction = self.direction_(low.to(state[self.moments[0]].dtype), state, group).to(low.dtype)
+        grad = self._oriented_gradient(parameter, cut)
+        bases, low = yield from self._projection(parameter, state, grad, cut, group, seat=seat)
+        with opened(state, self.moments) as held:
+            direction = self.direction_(low.to(held[self.moments[0]].dtype), held, group).to(low.dtype)
         step = int(state["step"].add_(1))
-        yield from self.update_(
-            MatrixStep(
-                weight=weight,
-                grad=grad,
-                low=low,
-                direction=direction,
-                basis=bases[0],
-                basis_left=bases[1],
-                step_size=self.step_size(group, step),
-                keep=1.0 - float(group["lr"]) * group["weight_decay"],
-                cut=cut,
-            ),
-            state,
-            group,
-        )
-        if matrix.data_ptr() != own.data_ptr():  # a layout that has no matrix view, such as channels_last
-            own.copy_(matrix.view(own.shape))
+        with stepped(parameter, group, seat, step) as own:
+            matrix = subspace.as_matrix(own)
+            yield from self.update_(
+                MatrixStep(
+                    weight=matrix.t() if cut.transposed else matrix,
+                    grad=grad,
+                    low=low,
+                    direction=direction,
+                    basis=bases[0],
+                    basis_left=bases[1],
+                    step_size=self.step_size(group, step),
+                    keep=1.0 - float(group["lr"]) * group["weight_decay"],
+                    cut=cut,
+                ),
+                state,
+                group,
+            )
+            if matrix.data_ptr() != own.data_ptr():  # a layout that has no matrix view, such as channels_last
+                own.copy_(matrix.view(own.shape))
+
+    def _oriented_gradient(self, parameter: Tensor, cut: Cut) -> Tensor:
+        """This process's part of G, as a matrix with its projected side last."""
+        grad = subspace.as_matrix(gradient_of(parameter))
+        return grad.t() if cut.transposed else grad
+
+    def _projection(
+        self,
+        parameter: Tensor,
+        state: dict[str, Tensor],
+        grad: Tensor,
+        cut: Cut,
+        group: dict[str, Any],
+        *,
+        seat: Seat,
+    ) -> Generator[Request, Tensor, tuple[Bases, Tensor]]:
+        """The bases for a step, refreshed if due, and R."""
+        seed = subspace.mix_seed(group["seed"], *seat, int(state["step"])) if is_due(state, group, seat) else None
+        bases = yield from self._bases(state, grad, cut, group, seed=seed)
+        return bases, (yield from projected(grad, *bases, cut))
 
     def _bases(
         self, state: dict[str, Tensor], grad: Tensor, cut: Cut, group: dict[str, Any], *, seed: int | None
-    ) -> Generator[Request, Tensor, tuple[Tensor, Tensor | None]]:
+    ) -> Generator[Request, Tensor, Bases]:
         """The basis (and the left one of "full") as this process's part needs them, renewed where there is a seed."""
         sides = {"basis": (grad, cut)}
         if group["proj_type"] == "full":
@@ -253,7 +274,8 @@ class ProjectedOptimizer(MethodOptimizer):
             if cut.side == "columns":
                 turn = yield from cut.total(turn)
             for name in self.moments:
-                subspace.rotate_(state[name], turn, squared=name != "exp_avg", left=key == "basis_left")
+                with opened(state, (name,)) as held:
+                    subspace.rotate_(held[name], turn, squared=name != "exp_avg", left=key == "basis_left")
         state[key].copy_(cut.kept(new))
         return new
 
@@ -273,7 +295,13 @@ class ProjectedOptimizer(MethodOptimizer):
         )
 
 
-def _projected(grad: Tensor, basis: Tensor, basis_left: Tensor | None, cut: Cut) -> Asking:
+def is_due(state: Mapping[str, Tensor], group: Mapping[str, Any], seat: Seat) -> bool:
+    """Whether the next step of a matrix with this state refreshes its basis."""
+    index = seat[1] if group["stagger_refresh"] else 0
+    return subspace.refresh_due(int(state["step"]), group["update_proj_gap"], index=index)
+
+
+def projected(grad: Tensor, basis: Tensor, basis_left: Tensor | None, cut: Cut) -> Asking:
     """R: own rows of G Q, or all of P^T G Q."""
     low = subspace.project(grad, basis, basis_left)
     if basis_left is not None:

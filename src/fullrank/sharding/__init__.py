@@ -22,6 +22,7 @@ from fullrank.sharding.processes import (
     num_processes,
     own_group,
     process_number,
+    start_mean,
     sum_of_parts,
 )
 from fullrank.sharding.routines import (
@@ -86,6 +87,7 @@ __all__ = [
     "shard_model",
     "split_of",
     "spread",
+    "start_mean",
     "sum_of_parts",
     "sum_over_copies",
     "whole",

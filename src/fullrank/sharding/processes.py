@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,20 @@ def mean_(tensors: Sequence[Tensor], group: Any) -> None:
         for tensor, total in zip(several, all_reduce(several, group), strict=True):
             if total is not tensor:
                 tensor.copy_(total)
+
+
+def start_mean(tensor: Tensor, group: Any) -> Callable[[], None]:
+    """Begin to overwrite a tensor by its mean over a group's processes; what comes back waits for the end of it."""
+    tensor.div_(dist.get_world_size(group))
+    sent = tensor if tensor.is_contiguous() else tensor.contiguous()
+    work: Any = dist.all_reduce(sent, group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+    return wait
 
 
 def broadcast(tensors: Sequence[Tensor], source: int, group: Any = None) -> None:

@@ -4,3 +4,8 @@
 place in a module. ``observe``: what optimizers do. ``settings``: what may be asked for. ``replicas``: several processes
 under DDP. ``training``: all of them together. Which entries are chosen is the business of a method.
 """
+
+from fullrank.sparse.replicas import IGNORED, names_of
+from fullrank.sparse.weight import is_values
+
+__all__ = ["IGNORED", "is_values", "names_of"]

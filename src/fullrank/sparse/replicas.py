@@ -49,7 +49,7 @@ class Replicas:
         self.is_together = False
         """Whether the last forward pass with gradients was one of DDP."""
         self._decide = decide
-        self._names = _names_of(model, [tensor for part in weights for tensor in (part.weight, part.values)])
+        self._names = names_of(model, [tensor for part in weights for tensor in (part.weight, part.values)])
         self._ignored_before = getattr(model, IGNORED, None)
         setattr(model, IGNORED, [*(self._ignored_before or ()), *self._names])
         self._wrapper: Any = None
@@ -292,7 +292,7 @@ def _has_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-def _names_of(model: nn.Module, tensors: list[Tensor]) -> list[str]:
+def names_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[str]:
     """All names of these parameters, as DDP spells them: with a dot before those of the model itself."""
     mine = {id(tensor) for tensor in tensors}
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in mine]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fullrank import moments
 from fullrank.errors import ConfigError
 from fullrank.ops import sparse
 from fullrank.ops.sparse import Layout
@@ -27,6 +28,11 @@ from fullrank.saved_state import GUEST
 from fullrank.sharding import is_sharded, local, make_state, split_of, spread, whole
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.saved import INDEX, keep_with
+
+
+def is_values(parameter: Tensor) -> bool:
+    """Whether a parameter holds the values of chosen entries: its gradients are gathered, and it acts on a step."""
+    return hasattr(parameter, "train_num")
 
 
 class SparseWeight:
@@ -148,8 +154,8 @@ class SparseWeight:
             stay = sparse.shared_units(old, numbers)
             values.view(-1, size)[stay[1]] = local(self.values).detach().view(-1, size)[stay[0]]
             for key, moment in self._moments().items():
-                carried = sparse.carry(local(moment), stay, len(numbers), unit_numel=size)
-                self._state()[key] = self.as_values(carried)
+                carried = sparse.carry(moment, stay, len(numbers), unit_numel=size)
+                self._keep_moment(key, self.as_values(carried))
         kept = self.as_values(new)
         self._remember(kept, numbers)
         fits = values.numel() == local(self.values).numel() and values.dtype == self.values.dtype
@@ -313,9 +319,18 @@ class SparseWeight:
         return optimizer.state[self.values] if optimizer is not None else {}
 
     def _moments(self) -> dict[str, Tensor]:
-        """The optimizer's own tensors that have a number for each value."""
-        return {
-            key: value
-            for key, value in self._state().items()
-            if torch.is_tensor(value) and not key.startswith(GUEST) and value.shape == self.values.shape
-        }
+        """What this process holds of the optimizer's own tensors that have a number for each value."""
+        own = {k: local(v) for k, v in self._state().items() if torch.is_tensor(v) and not k.startswith(GUEST)}
+        shape = local(self.values).shape
+        return {key: moments.read(own, key) for key, value in own.items() if value.shape == shape}
+
+    def _keep_moment(self, key: str, values: Tensor) -> None:
+        """Put a moment, of another size perhaps, into the optimizer's state, in the form that it has there."""
+        state = self._state()
+        if not moments.is_coded(state, key):
+            state[key] = values
+            return
+        flat = state[key + moments.SCALE].ndim == 1
+        codes = moments.coded(key, local(values), flat=flat)
+        for name, found in codes.items():
+            state[name] = found if self.split is None else spread(found, state[name].shape, self.split, self.how)

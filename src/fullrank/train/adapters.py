@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from fullrank.adapter import fingerprint
 from fullrank.errors import ConfigError, first_line
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
+from fullrank.factors.quantize import Quantization, dequantize_, plain_layer
+from fullrank.factors.quantized import QuantizedPair
 from fullrank.ops.seeded import seeded
 from fullrank.params import class_head, is_classifier
 from fullrank.sharding import is_sharded, process_number, whole
@@ -41,33 +43,28 @@ class Adapters:
     Args:
         model: Gets the layers; its other parameters freeze.
         request: What a method asks for.
+        quantization: Keep the linear layers as codes, but for heads; None: as they are.
 
     Raises:
         ConfigError: If a pattern matches no linear layer, or the rank is above a short side.
     """
 
-    def __init__(self, model: PreTrainedModel, request: AdapterRequest) -> None:
+    def __init__(
+        self, model: PreTrainedModel, request: AdapterRequest, quantization: Quantization | None = None
+    ) -> None:
         fresh = class_head(model)
         self.base = fingerprint({name: p.detach() for name, p in model.named_parameters() if name not in fresh})
         """A short hash of each weight that training started from, but for those of a head."""
-        layers = target_layers(model, request.target_modules, rank=request.rank)
-        config = LoraConfig(
-            r=request.rank,
-            lora_alpha=cast(int, request.alpha),  # PEFT only divides it: any number will do
-            lora_dropout=request.dropout,
-            target_modules=list(layers),
-            fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in layers.values()),
-        )
-        with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are drawn again below
-            self.peft: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
+        self.dtype = model.dtype
+        self.is_quantized = quantization is not None
+        if quantization is not None:
+            quantization.apply_(model, keep=heads(model))
+        self.peft: PeftModel = add_factors(model, request)
+        if quantization is not None:
+            quantization.unmark_(model)
         self.request = request
         for number, pair in enumerate(self.pairs()):
-            dtype = request.dtype or pair.weight.dtype
-            for factor in pair.parameters():
-                factor.data = factor.data.to(dtype)
             pair.reinit_(seeded(request.seed, number))
-        if request.trainable_scaling:
-            train_scaling(model, ADAPTER)
 
     def pairs(self) -> list[LowRankPair]:
         """Every weight with its factors."""
@@ -128,14 +125,58 @@ class Adapters:
             state = {name: tensors[place] for name, place in plain_names(tensors).items()}
             type(model).save_pretrained(model, folder, state_dict=state)
 
+    @torch.no_grad()
     def remove(self) -> None:
         """Merge the factors into their weights, rounded to nearest, and leave the plain model behind.
 
-        A collective if it is sharded, which it stays.
+        A collective if it is sharded, which it stays. Codes are decoded first, so that nothing of the factors is lost
+        to them, and the model lies on the host then, which has held it whole before.
         """
         for pair in self.pairs():
-            pair.merge_(stochastic=False)
+            if isinstance(pair, QuantizedPair):
+                merged = pair.read() + pair.update()
+                pair.layer.base_layer = plain_layer(pair.layer.get_base_layer(), merged, self.dtype)
+            else:
+                pair.merge_(stochastic=False)
         self.peft.unload()
+        if self.is_quantized:
+            plain = self.peft.get_base_model()
+            dequantize_(plain, self.dtype)
+            plain.to("cpu")
+
+
+def heads(model: PreTrainedModel) -> set[str]:
+    """The layers above a model's body, which stay plain: a language model's head, or one of classes and its pooler."""
+    names = {name.rpartition(".")[0] for name in class_head(model)}
+    output = model.get_output_embeddings()
+    return names | {name for name, module in model.named_modules() if module is output and output is not None}
+
+
+def add_factors(model: PreTrainedModel, request: AdapterRequest) -> PeftModel:
+    """Put PEFT's layers with factors on a model, whose other parameters freeze; A's numbers are yet to be drawn.
+
+    Works on the meta device too.
+
+    Raises:
+        ConfigError: If a pattern matches no linear layer, or the rank is above a short side.
+    """
+    layers = target_layers(model, request.target_modules, rank=request.rank)
+    config = LoraConfig(
+        r=request.rank,
+        lora_alpha=cast(int, request.alpha),  # PEFT only divides it: any number will do
+        lora_dropout=request.dropout,
+        target_modules=list(layers),
+        fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in layers.values()),
+    )
+    with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are drawn again
+        with_factors: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for pair in find_pairs(with_factors, adapter=ADAPTER):
+        dtype = request.dtype or pair.weight.dtype
+        for factor in pair.parameters():
+            factor.data = factor.data.to(dtype)
+    if request.trainable_scaling:
+        train_scaling(model, ADAPTER)
+    return with_factors
 
 
 def merge_saved(model: PreTrainedModel, folder: str) -> PreTrainedModel:

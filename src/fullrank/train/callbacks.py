@@ -260,4 +260,4 @@ class ProgressBar(ProgressCallback):
         scores = scores_in(logs)
         for name in [name for name in scores if name != "loss"][:1]:
             self._shown[name] = f"{scores[name]:.4g}"
-        self.training_bar.set_postfix(self._shown)
+        self.training_bar.set_postfix(self._shown, refresh=False)  # it is drawn with the bar, not once a row

@@ -29,6 +29,8 @@ class ModelConfig:
     """Branch, tag or commit of a hub model, such as step1000 of EleutherAI/pythia-1b; null: its main branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and gradients."""
+    quantization: Literal["int8", "nf4", "nf4-double"] | None = None
+    """Keep the frozen linear layers under LoRA's factors in 8 bits, in 4, or with 4-bit statistics encoded again."""
     attn_implementation: str | None = None
     """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); null: its default."""
     overrides: dict[str, Any] = field(default_factory=dict)

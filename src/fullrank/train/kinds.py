@@ -93,3 +93,47 @@ def kind_of(command: Command, base: Mapping[str, Any], overrides: Mapping[str, A
         tasks = ", ".join((INSTRUCTIONS, *GLUE_TASKS))
         raise ConfigError(f"{TASK} must be one of {tasks}, got {task!r}.{nearest(task, (INSTRUCTIONS, *GLUE_TASKS))}")
     return Kind(name, task)
+
+
+def quantization_problems(
+    sections: Mapping[str, Mapping[str, Any]], method: str, *, is_finetuning: bool
+) -> list[str]:
+    """Why a run cannot have a base that is kept as codes, one sentence each; none if it has no such base."""
+    model, options, trainer = sections["model"], sections["method"], sections["trainer"]
+    kind = model.get("quantization")
+    if kind is None:
+        return []
+    problems = []
+    key, instead = f"model.quantization {kind}", "Set it to null"
+    if METHODS[method].adapters is None or ("lora_rank" in _fields(method) and not options.get("lora_rank")):
+        reason = {"sift": "its values are added to single entries of the weights"}.get(method, "it trains the weights")
+        projected = f", or {method} with method.lora_rank" if "lora_rank" in _fields(method) else ""
+        problems.append(
+            f"{key} keeps the weights as codes, which a step cannot change, and method {method} cannot use it: {reason}"
+            f". Use lora or relora{projected}; or set it to null."
+        )
+    if not model.get("pretrained", is_finetuning):
+        problems.append(f"{key} is for trained weights, and model.pretrained is false. {instead}, or name a model.")
+    if options.get("warm_start_steps"):
+        problems.append(
+            f"{key} does not go with method.warm_start_steps {options['warm_start_steps']}, in which the weights train."
+            f" {instead}, or start from a model that is warm already."
+        )
+    if "factor_dtype" in options and options["factor_dtype"] is None:
+        problems.append(f"{key} leaves method.factor_dtype null no type of the weights to follow. Set it to float32.")
+    if trainer.get("strategy") == "fsdp2":
+        problems.append(
+            f"{key} cannot be used with trainer.strategy fsdp2: a process would hold a part of the codes without what "
+            "decodes it. Use ddp, or set it to null."
+        )
+    if kind == "int8" and trainer.get("bf16") and model.get("dtype", "float32") == "float32":
+        problems.append(
+            f"{key} cannot be used with trainer.bf16 on a float32 model: bitsandbytes would round its biases. Set "
+            "model.dtype bfloat16 and leave trainer.bf16 out."
+        )
+    return problems
+
+
+def _fields(method: str) -> set[str]:
+    """Names of the options of a method."""
+    return {field.name for field in fields(METHODS[method].config)}

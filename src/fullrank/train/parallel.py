@@ -20,6 +20,7 @@ from fullrank import sharding
 from fullrank.errors import UnsupportedError
 from fullrank.train.data.prepared import IGNORED
 from fullrank.train.sharded import bare, consolidate, load_state, load_weights, whole_state, whole_weights
+from fullrank.train.tokens import TokenCounter
 
 HOOKS = (
     "_get_num_items_in_batch",
@@ -37,7 +38,7 @@ HOOKS = (
 """Methods of a Trainer that are overridden here, and the one that tells that it can take a model as it is spread."""
 
 
-class ParallelTrainer(Trainer):
+class ParallelTrainer(TokenCounter):
     """A Trainer in several processes, of a model that DDP is to wrap, or that FSDP2 has spread already."""
 
     model: Any
@@ -114,7 +115,7 @@ class ParallelTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if self._weights.get(id(inputs)) == 0.0:
             inputs = {key: value[:0] if torch.is_tensor(value) else value for key, value in inputs.items()}
-        super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
+        super()._track_num_input_tokens(inputs)
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Score the model, and give back what the last forward pass has gathered of it."""

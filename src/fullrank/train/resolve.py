@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
 from fullrank.train.config import ELSEWHERE, FINETUNE_ELSEWHERE, INSTRUCTIONS, GlueConfig, RunConfig
-from fullrank.train.kinds import TASK, Command, Kind, described_command, kind_of
+from fullrank.train.kinds import TASK, Command, Kind, described_command, kind_of, quantization_problems
 from fullrank.train.recipes import load_recipe, nearest
 
 logger = logging.getLogger(__name__)
@@ -190,6 +190,7 @@ def _check(given: dict[str, Any], kind: Kind) -> RunConfig:
             problems.append(f"{key} must be between 0 and {LARGEST_SEED}, got {values[key]}.")
     problems += _contradictions(trainer, streaming=bool(sections["data"].get("streaming")))
     problems += _finetune_problems(sections) if kind.task else []
+    problems += quantization_problems(sections, kind.method, is_finetuning=kind.task is not None)
     if problems:
         raise ConfigError("\n".join(problems))
     classes = kind.sections()

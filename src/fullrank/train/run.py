@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 
 from fullrank import memory
 from fullrank.errors import ConfigError, DisconnectedError, first_line
+from fullrank.factors.quantize import Quantization
 from fullrank.methods import METHODS, Built, Method
 from fullrank.sharding import disconnect, is_disconnection, process_number
 from fullrank.train import checkpoint, report
@@ -123,7 +124,7 @@ def _line(
         "adamw_state_bytes": memory.adamw_state_bytes(model),
         "optimizer_state_peak_bytes": method.state_bytes(model, config.method),
     }
-    adapters = attach_adapters(model, method, config)
+    adapters = attach_adapters(model, method, config, args.device)
     if strategy_of(config) == FSDP2:
         spread_model(model, config, args.device)
     built = method.build(model, config.method)
@@ -220,14 +221,17 @@ def make_model(
     return model, frozenset()
 
 
-def attach_adapters(model: PreTrainedModel, method: Method, config: RunConfig) -> Adapters | None:
+def attach_adapters(
+    model: PreTrainedModel, method: Method, config: RunConfig, device: torch.device
+) -> Adapters | None:
     """The LoRA layers that a method asks for, on the model; only then is PEFT imported."""
     request = None if method.adapters is None else method.adapters(config.method)
     if request is None:
         return None
     from fullrank.train.adapters import Adapters
 
-    return Adapters(model, request)
+    kind = config.model.quantization
+    return Adapters(model, request, None if kind is None else Quantization(kind, device))
 
 
 def method_steps(built: Built, adapters: Adapters | None, folder: Path) -> MethodSteps | None:

@@ -26,6 +26,7 @@ from fullrank.train.data.prepared import Data
 from fullrank.train.parallel import ParallelTrainer
 from fullrank.train.recipes import nearest
 from fullrank.train.sharded import DDP, FSDP2, strategy_of
+from fullrank.train.tokens import TokenCounter
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def make_trainer(
                 f"is {args.logging_steps:g}. Make warm_start_steps a multiple of it."
             )
     try:
-        kind = Trainer if args.world_size == 1 and strategy_of(config) == DDP else ParallelTrainer
+        kind = TokenCounter if args.world_size == 1 and strategy_of(config) == DDP else ParallelTrainer
         trainer = kind(
             model=model,
             args=args,
@@ -86,7 +87,8 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         ConfigError: If the batch sizes do not divide, or transformers refuses an argument.
     """
     fields = {key: value for key, value in config.trainer.items() if key not in (*OWN_FIELDS, KEEPS_BEST)}
-    fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if fields.setdefault("dataloader_pin_memory", torch.cuda.is_available()):  # then the host need not wait for copies
+        fields["accelerator_config"] = {"non_blocking": True} | (fields.get("accelerator_config") or {})
     if keeps_best(config):
         fields = {"metric_for_best_model": data.scoring.metric} | fields
         metric = fields["metric_for_best_model"].removeprefix("eval_")

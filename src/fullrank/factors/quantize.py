@@ -1,0 +1,136 @@
+"""A model whose linear layers keep their weights as bitsandbytes' codes, and the plain model again (arXiv:2305.14314).
+
+Memory for an m x n weight: int8 m n bytes and 4 m; 4-bit m n / 2 bytes and 4 for each 64 entries (nf4-double: 1 for
+each 64 and 4 for each 16384). What is decoded is what the model computes with, so nothing but the rounding to the
+code is lost, at once and for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.factors.quantized import codes_of, is_quantized, keep_codes_, read_codes
+from fullrank.ops.codes import ROW_FORMAT
+
+Kind = Literal["int8", "nf4", "nf4-double"]
+PEFT_MARKS = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit", "nf4-double": "is_loaded_in_4bit"}
+"""Attribute of a model by which PEFT knows to put its own kind of layer on codes."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a base are kept."""
+
+    kind: Kind
+    device: torch.device
+    """Where the codes are to be."""
+
+    def apply_(self, model: nn.Module, *, keep: Collection[str] = ()) -> list[str]:
+        """Replace linear layers by ones with codes, on the device, and mark the model for PEFT until ``unmark_``.
+
+        A state dict holds the codes with what decodes them, and loading one brings both back.
+
+        Args:
+            model: Its other parameters stay where they are and as they are.
+            keep: Names of layers that stay plain: those that train.
+
+        Returns:
+            The names of the replaced layers.
+
+        Raises:
+            ConfigError: If the model has no other linear layer.
+            UnsupportedError: If bitsandbytes is not installed.
+        """
+        names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in keep]
+        if not names:
+            raise ConfigError(
+                f"model.quantization {self.kind} takes linear layers, and {type(model).__name__} has none but what "
+                "trains. Set it to null."
+            )
+        for name in names:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, self._coded(model.get_submodule(name)))
+        setattr(model, PEFT_MARKS[self.kind], True)
+        return names
+
+    def unmark_(self, model: nn.Module) -> None:
+        """Take back PEFT's mark: a Trainer that sees it would not move the rest of the model."""
+        delattr(model, PEFT_MARKS[self.kind])
+
+    def _coded(self, plain: Any) -> nn.Module:
+        """A layer with the codes of another one's weight."""
+        try:
+            from bitsandbytes import nn as coded
+        except ImportError as error:
+            raise UnsupportedError(
+                f"model.quantization {self.kind} is done by bitsandbytes, which is not installed. Install it: pip "
+                "install 'fullrank[quant]'."
+            ) from error
+        sizes = (plain.in_features, plain.out_features)
+        if self.kind == "int8":
+            layer: Any = coded.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
+            layer.weight = coded.Int8Params(plain.weight.detach().cpu(), requires_grad=False)
+        else:
+            options = {"quant_type": "nf4", "compress_statistics": self.kind == "nf4-double"}
+            layer = coded.Linear4bit(*sizes, bias=False, compute_dtype=plain.weight.dtype, device="meta", **options)
+            layer.weight = coded.Params4bit(plain.weight.detach(), requires_grad=False, module=layer, **options)
+            # It would lay the codes out anew for inference, and compute a little otherwise there than in training.
+            layer.support_avx512bf16_for_cpu = False
+        layer.to(self.device)
+        layer.bias = plain.bias
+        layer.register_load_state_dict_pre_hook(partial(_load_codes, {}))
+        layer.train(plain.training)
+        return layer  # type: ignore[no-any-return]
+
+
+def _load_codes(
+    waiting: dict[str, Tensor],
+    layer: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: Any,
+    unexpected_keys: Any,
+    error_msgs: list[str],
+) -> None:
+    """Take codes and what decodes them out of a state dict; of several files, once all are there."""
+    own = codes_of(layer).keys() - {ROW_FORMAT}  # there is one format, and bitsandbytes takes its number out first
+    for name in own:
+        if prefix + name in state_dict:  # the codes stay in it for torch, which would miss them
+            waiting[name] = state_dict[prefix + name] if name == "weight" else state_dict.pop(prefix + name)
+    if waiting.keys() == own:
+        keep_codes_(layer, waiting)
+        waiting.clear()
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn every layer with codes into a plain linear one on the host, with what its codes stand for."""
+    coded = [(name, layer) for name, layer in model.named_modules() if is_quantized(getattr(layer, "weight", None))]
+    for name, layer in coded:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, plain_layer(layer, read_codes(layer), dtype))
+
+
+def plain_layer(layer: Any, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer on the host with a weight in the place of codes, and the bias of the layer that had these."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight.to("cpu", dtype), requires_grad=False)
+    plain.bias = layer.bias
+    return plain
+
+
+def statistic_bytes(model: nn.Module) -> int:
+    """Bytes of what decodes a model's codes: no parameters, but as long as these held."""
+    total = 0
+    for layer in model.modules():
+        if is_quantized(getattr(layer, "weight", None)):
+            total += sum(t.numel() * t.element_size() for name, t in codes_of(layer).items() if name != "weight")
+    return total

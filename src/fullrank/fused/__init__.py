@@ -1,0 +1,5 @@
+"""Update during backward: each parameter is stepped as its gradient arrives, and the gradient freed."""
+
+from fullrank.fused.backward import FusedBackward
+
+__all__ = ["FusedBackward"]

@@ -1,0 +1,45 @@
+"""How many bytes of gradients are alive at a time, where each is freed as soon as it was used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from fullrank.fused.copies import IN_FLIGHT
+from fullrank.fused.sums import Sums
+from fullrank.sharding import gathered_together, is_sharded, local, num_processes
+
+
+def bytes_alive(
+    hooked: Collection[Tensor],
+    parameters: Collection[Tensor],
+    sums: Sums,
+    model: nn.Module | None,
+    *,
+    accumulates: bool,
+) -> int:
+    """The largest gradients that come together, and all that stay until the optimizer's step.
+
+    Args:
+        hooked: Parameters that are stepped as their gradient arrives; others keep theirs until the step.
+        parameters: All of the optimizer.
+        sums: What is summed of them.
+        model: As it was given to FusedBackward.
+        accumulates: Whether several backward passes go into a step.
+    """
+    copies = model is not None and num_processes() > 1 and not any(map(is_sharded, parameters))
+    early = {p: _size(p) for p in parameters if p.requires_grad and p in hooked and (p.ndim >= 2 or not copies)}
+    staying = sum(_size(p) for p in parameters if p.requires_grad and p not in early)
+    if accumulates:
+        staying += sum(sums.held_bytes(parameter) for parameter in early)
+        early = {parameter: size for parameter, size in early.items() if sums.is_projected(parameter)}
+    groups = gathered_together(model) if model is not None else []
+    if groups:  # FSDP2 hands over a layer's shards together
+        return staying + max(sum(early.get(parameter, 0) for parameter in group) for group in groups)
+    together = IN_FLIGHT + 1 if copies else 1
+    return staying + sum(sorted(early.values(), reverse=True)[:together])
+
+
+def _size(parameter: Tensor) -> int:
+    return local(parameter).numel() * parameter.element_size()

@@ -1,0 +1,72 @@
+"""Weights kept as bitsandbytes' codes, decoded from the tensors that such a layer's state dict has.
+
+int8: codes (m x n, int8) and SCB, the largest size of each row (m, float32); a weight is code * SCB / 127.
+4-bit: codes (two to a byte), the largest size of each block, and a table of 16 values; the statistics may be
+encoded themselves (nested, "double quantization"), which bitsandbytes decodes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fullrank.errors import UnsupportedError
+
+QUANT_STATE = ".quant_state.bitsandbytes__"
+"""In the name of the tensor that says how a 4-bit weight is to be decoded; nf4 or fp4 follows."""
+ROW_SCALES, ROW_FORMAT = "SCB", "weight_format"
+WEIGHT = "weight"
+
+
+def coded_layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layer of each weight that is kept as codes -> the names, within it, of the tensors that decode it.
+
+    Args:
+        names: All tensors of a model or a file by name.
+    """
+    names = set(names)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if QUANT_STATE in name:
+            layer = name.partition(f"{WEIGHT}{QUANT_STATE}")[0]
+            found[layer] = sorted(n.removeprefix(layer) for n in names if n.startswith(f"{layer}{WEIGHT}"))
+        elif name.rpartition(".")[2] == ROW_SCALES:
+            layer = name.removesuffix(ROW_SCALES)
+            found[layer] = [n for n in (WEIGHT, ROW_SCALES, ROW_FORMAT) if f"{layer}{n}" in names]
+    return found
+
+
+def decoded_shape(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of a coded weight.
+
+    Args:
+        tensors: Of its layer, those that say how it is decoded.
+        shape: Of its codes.
+    """
+    packed = [tensor for name, tensor in tensors.items() if QUANT_STATE in name]
+    return tuple(json.loads(bytes(packed[0].tolist()))["shape"]) if packed else shape
+
+
+def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A weight (m x n, float32) from the tensors of its layer.
+
+    Raises:
+        UnsupportedError: For a 4-bit weight where bitsandbytes is not installed.
+    """
+    codes = tensors[WEIGHT]
+    if ROW_SCALES in tensors:
+        return codes.float() * (tensors[ROW_SCALES].float() / 127.0).unsqueeze(1)
+    try:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+    except ImportError as error:
+        raise UnsupportedError(
+            "4-bit weights are decoded by bitsandbytes, which is not installed. Install it: pip install "
+            "'fullrank[quant]'."
+        ) from error
+    statistics = {name.removeprefix(f"{WEIGHT}."): tensor for name, tensor in tensors.items() if name != WEIGHT}
+    state = QuantState.from_dict(statistics, device=codes.device)
+    decoded: Tensor = dequantize_4bit(codes, state)
+    return decoded.to(torch.float32)

@@ -1,0 +1,95 @@
+"""What can be said without a trace: bytes that train, and an estimate of activations and temporaries.
+
+The estimate holds for a decoder of attention and a gated MLP under an attention kernel that keeps no scores (flash):
+a layer keeps 12 numbers a token for each of the hidden size and 4 for each of the intermediate size, counted on
+LLaMA; checkpointed it keeps its input, and one layer at a time all. The loss holds the logits in the weights' type and
+twice in float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fullrank.factors import AdapterRequest, target_layers
+from fullrank.factors.training import wanted_beside
+from fullrank.methods import METHODS
+from fullrank.plan.network import Network
+from fullrank.plan.timeline import Held
+from fullrank.sparse.seat import divide, layout_of
+from fullrank.sparse.settings import num_chosen
+
+if TYPE_CHECKING:
+    from fullrank.plan.step import Work
+    from fullrank.plan.usage import Setting, Usage
+
+PER_HIDDEN, PER_INNER = 12, 4
+"""Numbers that a layer keeps for a token, for each of its hidden and of its intermediate size."""
+
+
+def usage(setting: Setting, states: int, on_host: int) -> Usage:
+    """What a setting needs, activations and temporaries by formula."""
+    from fullrank.plan.usage import Usage
+
+    network, work = setting.network, setting.work
+    weights = weight_bytes(network, work)
+    trained = trained_bytes(network, work)
+    largest = max(p.numel() * p.element_size() for p in network.whole.parameters())
+    alive = min(trained, largest) if work.fused_backward else trained + (largest if work.method == "sift" else 0)
+    activations = _activations(setting)
+    temporaries = 0 if work.method in ("full", "lora", "relora") else 2 * largest
+    in_pass = Held(weights, min(trained, alive), states - on_host, activations, on_host)
+    in_step = Held(weights, alive, states - on_host, temporaries, on_host)
+    held, where = max(((in_pass, "backward"), (in_step, "step")), key=lambda one: one[0].total)
+    return Usage(weights, alive, states, on_host, activations, temporaries, held, ("steady", where))
+
+
+def _activations(setting: Setting) -> int:
+    work, config = setting.work, setting.network.config
+    size = 2 if work.autocast else getattr(torch, setting.network.model.dtype).itemsize
+    tokens, hidden = setting.batch_size * work.sequence_length, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = (PER_HIDDEN * hidden + PER_INNER * inner) * size
+    layers = config.num_hidden_layers * hidden * size + layer if work.checkpointing else config.num_hidden_layers * layer
+    outputs = config.vocab_size if setting.network.num_labels is None else setting.network.num_labels
+    return int(tokens * (layers + outputs * (size + 8)))
+
+
+def weight_bytes(network: Network, work: Work) -> int:
+    """Parameters and buffers, and the factors that the method puts beside them."""
+    held: list[Any] = [*network.whole.parameters(), *network.whole.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) + _factor_bytes(network, work)
+
+
+def trained_bytes(network: Network, work: Work) -> int:
+    """Bytes of gradients that an optimizer's step reads."""
+    model, options = network.whole, work.options
+    if work.method == "sift":
+        targets, dense, _ = divide(model, options.target_modules, options.exception)
+        total = sum(p.numel() * p.element_size() for p in dense.values())
+        for name, weight in targets.items():
+            layout = layout_of(model, name, weight, options.granularity, options.block_size, options.scope)
+            units = num_chosen(options.density, layout) * (layout.rows if layout.per_row else 1)
+            total += units * layout.unit_numel * torch.promote_types(weight.dtype, torch.float32).itemsize
+        return total
+    if _request(work) is None or getattr(options, "warm_start_steps", 0):
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()
+    return _factor_bytes(network, work) + sum(p.numel() * p.element_size() for p in beside)
+
+
+def _request(work: Work) -> AdapterRequest | None:
+    ask = METHODS[work.method].adapters
+    return None if ask is None else ask(work.options)
+
+
+def _factor_bytes(network: Network, work: Work) -> int:
+    request = _request(work)
+    if request is None:
+        return 0
+    total = 0
+    for layer in target_layers(network.whole, request.target_modules, rank=request.rank).values():
+        size = (request.dtype or layer.weight.dtype).itemsize
+        total += request.rank * sum(layer.weight.shape) * size + (4 if request.trainable_scaling else 0)
+    return total
