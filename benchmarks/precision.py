@@ -48,6 +48,8 @@ def variants() -> list[Variant]:
                         continue
                     if rounding == "stochastic" and moments == "bfloat16":
                         continue
+                    if method == "full" and moments == "8bit" and rounding == "nearest":
+                        continue
                     name = f"{method}, {weights}, moments {moments.replace(', ', ' ')}, {rounding}"
                     more = {**options, **types, "weight_rounding": rounding}
                     found.append(Variant(name, method, (rate,), more, dtype=weights))

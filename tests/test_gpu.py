@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fullrank import ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW, GaLoreRMSprop, LowRankPair, ReLoRA
+from fullrank.ops import lowrank, subspace
+from fullrank.ops.kernels import fused, kernels
 from tests.problems import make_gradients, make_weight, relative_error
 
 pytestmark = [
@@ -60,6 +62,66 @@ def test_no_step_between_refreshes_waits_for_the_device(cls: Callable[..., torch
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(p).all() for p in optimizer.param_groups[0]["params"])
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(4096, 512, 128), (5461, 300, 256), (4100, 130, 7)], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_kernel_projects_and_takes_norms(dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool) -> None:
+    num_rows, num_columns, rank = shape
+    sides = (num_columns, num_rows) if transposed else (num_rows, num_columns)
+    grad = make_weight(sides).to("cuda", dtype)
+    grad = grad.t() if transposed else grad
+    basis = torch.linalg.qr(torch.randn(num_columns, rank, device="cuda"))[0]
+    assert fused.takes_projection(grad, basis)
+    low, norms_sq = subspace.project_with_norms(grad, basis)
+    assert norms_sq is not None
+    assert relative_error(low, grad.double() @ basis.to(dtype).double()) < 1e-5
+    assert relative_error(norms_sq, grad.double().square().sum(1, keepdim=True)) < 1e-5
+
+
+@pytest.mark.parametrize("has_rest", [True, False])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(512, 512, 128), (1376, 300, 256), (130, 65, 7)], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_kernel_updates(dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool, has_rest: bool) -> None:
+    """One rounding to nearest: never further from the exact result than half a unit of the last place, and little."""
+    num_rows, num_columns, rank = shape
+    sides = (num_columns, num_rows) if transposed else (num_rows, num_columns)
+    weight, grad = (make_weight(sides).to("cuda", dtype) for _ in range(2))
+    weight, grad = (weight.t(), grad.t()) if transposed else (weight, grad)
+    low, basis = torch.randn(num_rows, rank, device="cuda"), torch.randn(num_columns, rank, device="cuda")
+    factor = torch.rand(num_rows, 1, device="cuda")
+    wanted = 0.9 * weight.double() - 1e-3 * low.to(dtype).double() @ basis.to(dtype).double().t()
+    wanted -= 1e-3 * factor.double() * grad.double() * has_rest
+    rest = grad if has_rest else None
+    assert fused.takes_update(weight, low, basis, rest)
+    lowrank.add_lifted_(weight, low, basis, scale=-1e-3, keep=0.9, rest_MN=rest, factor=factor if has_rest else None)
+    unit = torch.finfo(dtype).eps
+    assert ((weight.double() - wanted).abs() <= 0.51 * unit * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_kernels_change_no_more_than_rounding(cls: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> None:
+    """Eight steps with and without, on matrices with and without rows enough for the projection's kernel."""
+    weights = []
+    for on in (True, False):
+        parameters = [
+            torch.nn.Parameter(make_weight(s).to("cuda", dtype)) for s in [(4096, 96), (96, 4096), (256, 192)]
+        ]
+        optimizer = cls([{"params": parameters, "rank": 16, "update_proj_gap": 100}], lr=1e-2, basis="random")
+        with kernels(on):
+            for number in range(8):
+                for parameter in parameters:
+                    parameter.grad = make_gradients(tuple(parameter.shape), number + 1)[number].to("cuda", dtype)
+                optimizer.step()
+        weights.append([parameter.detach().double() for parameter in parameters])
+    for ours, theirs in zip(*weights, strict=True):
+        assert relative_error(ours, theirs) < {torch.float32: 1e-5}.get(dtype, 8 * torch.finfo(dtype).eps)
 
 
 def restarted(device: str, *, fused: bool) -> tuple[LowRankPair, ReLoRA]:

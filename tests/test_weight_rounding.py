@@ -19,10 +19,13 @@ SHAPE = (128, 192)
 def walk(kind: type[MethodOptimizer], dtype: torch.dtype, steps: int, **options: Any) -> Tensor:
     """A weight of ones after steps of gradients of one sign."""
     weight = nn.Parameter(torch.ones(SHAPE, dtype=dtype))
-    projects = {"rank": 16, "limiter_gamma": None} if kind is FiraAdamW else {"rank": 16} if kind is GaLoreAdamW else {}
-    group = {"params": [weight], **(projects if options.pop("project", True) else {})}
-    optimizer = kind([group, {"params": [nn.Parameter(torch.ones(4, 4, dtype=dtype))], **projects}],
-                     **{"lr": 1e-4, "weight_decay": 0.0} | options)  # fmt: skip
+    groups: list[dict[str, Any]] = [{"params": [weight]}]
+    if kind is not AdamW:
+        project = options.pop("project", True)
+        groups[0] |= {"rank": 16} if project else {}
+        groups += [] if project else [{"params": [nn.Parameter(torch.ones(8, 8, dtype=dtype))], "rank": 2}]
+        options |= {"limiter_gamma": None} if kind is FiraAdamW else {}
+    optimizer = kind(groups, **{"lr": 1e-4, "weight_decay": 0.0} | options)
     for _ in range(steps):
         weight.grad = torch.ones_like(weight)
         optimizer.step()

@@ -211,9 +211,9 @@ def _limited_norm(
         basis = state["basis"]
         if lowrank.uses_direct_residual(basis.shape[0], basis.shape[1]):
             residual = grad - kept * lowrank.lift(low, basis, state.get("basis_left"))
-            squared = lowrank.norms(residual, whole=whole).square_()
+            squared = lowrank.norms_sq(residual, whole=whole)
         else:
-            squared = lowrank.residual_norms_sq(lowrank.norms(grad, whole=whole).square(), low_norms, kept=kept)
+            squared = lowrank.residual_norms_sq(lowrank.norms_sq(grad, whole=whole), low_norms, kept=kept)
         return squared.mul_(factor).mul_(factor).sum().sqrt_()
     if "limiter_gamma" in group:  # APOLLO
         scaled: Tensor = torch.linalg.vector_norm(factor * lowrank.norms(grad, whole=whole))

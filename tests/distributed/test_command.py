@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 """Sums are taken in another order: a few float32 roundings a step, for twelve steps."""
 FSDP2 = {"trainer.strategy": "fsdp2"}
+HALF = {"trainer.per_device_train_batch_size": 6}
+"""A whole batch in two processes, without micro-batches."""
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "full-ddp": ("full", {}),
     "full-fsdp2": ("full", FSDP2),
@@ -45,6 +47,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "tuned-lora-fsdp2": ("tuned-lora", FSDP2),
     "tuned-sift-ddp": ("tuned-sift", {}),
     "tuned-sift-fsdp2": ("tuned-sift", FSDP2),
+    "fused-ddp": ("fused-fira", HALF),
+    "fused-fsdp2": ("fused-fira", HALF | FSDP2),
+    "fused-galore-ddp": ("fused-galore", {}),
+    "fused-galore-fsdp2": ("fused-galore", FSDP2),
 }
 """Name -> the run of one process that it has to equal, and what it is told besides."""
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,9 +89,13 @@ class Workplace:
             made = instructions(self.base, self.rows, self.folder / name, method, **options)
             made["method"] |= {"scope": "row"} if method == "sift" else {}
             return made
-        method = "full" if kind == "epochs" else kind
+        method = "full" if kind == "epochs" else kind.removeprefix("fused-")
         made = recipe(self.text, self.folder / name, method, **(steps | batch))
         made["data"]["validation_tokens"] = 300
+        if kind.startswith("fused"):  # each parameter's gradient is clipped by itself, or not at all
+            made["trainer"] |= {"fused_backward": True, "max_grad_norm": 0.1 if method == "fira" else 0.0}
+            made["trainer"] |= {"per_device_train_batch_size": 12} if method == "fira" else {}
+            made["method"] |= {"basis": "random"} if method == "galore" else {}  # others see the first micro-batch
         if kind == "epochs":  # its epochs end within a step, and within a batch
             del made["trainer"]["max_steps"]
             made["trainer"]["num_train_epochs"] = 2

@@ -72,16 +72,24 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
     Raises:
         UnsupportedError: If matplotlib is not installed.
     """
-    files = [Path(f"{path}.png"), Path(f"{path}.svg")]
-    save_png(figure, files[0])
+    return [save_png(figure, f"{path}.png"), save_svg(figure, f"{path}.svg")]
+
+
+def save_svg(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as an SVG.
+
+    Raises:
+        UnsupportedError: If matplotlib is not installed.
+    """
+    require_drawing()
     from matplotlib import rc_context
 
     _settle(figure)
     text = io.StringIO()
     with rc_context(_SVG):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    write_whole(files[1], "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
-    return files
+    write_whole(Path(path), "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+    return Path(path)
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:

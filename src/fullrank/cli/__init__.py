@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from fullrank import __version__
 from fullrank.cli.analysis import analyze
 from fullrank.cli.comparing import compare
+from fullrank.cli.planning import plan
 from fullrank.cli.reporting import report
 from fullrank.cli.training import finetune, pretrain, recipes
 from fullrank.cli.using import evaluate, export, generate
@@ -21,6 +22,7 @@ USAGE = """\
 usage: fullrank COMMAND [OPTIONS]
 
 commands:
+  plan          how much memory each method needs, what fits a GPU and what to change, before a run
   pretrain      train a language model from scratch (or go on with one)
   finetune      train a trained model on instructions, or on a task of GLUE
   evaluate      score a model: perplexity, commonsense tasks, MMLU, HumanEval, GLUE
@@ -35,6 +37,7 @@ commands:
 """
 
 COMMANDS = {
+    "plan": plan,
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,

@@ -17,7 +17,7 @@ def state_numbers(
     plain: Sequence[int] = (),
     limiter: bool = True,
 ) -> int:
-    """Numbers of optimizer state in the process that keeps most, without counters of steps.
+    """Numbers of optimizer state in the process that keeps most, without counters of steps and scales of 8-bit moments.
 
     | method | one process, ddp | fsdp2 over S |
     | --- | --- | --- |

@@ -15,7 +15,7 @@ from fullrank.methods import METHODS
 from fullrank.report.comparison import rate_key
 from fullrank.report.sources import LONGEST_LABEL
 from fullrank.train.config import SECTIONS, RunConfig
-from fullrank.train.recipes import load_recipe, nearest, recipe_names
+from fullrank.train.recipes import load_recipe, method_section, nearest
 from fullrank.train.resolve import DEFAULT_RECIPE, LARGEST_SEED, resolve
 from fullrank.train.run import placed
 
@@ -91,20 +91,6 @@ def make_variants(config: CompareConfig, overrides: Mapping[str, Any] | None = N
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return made
-
-
-def method_section(recipe: str, content: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The options of a method under a recipe.
-
-    Packaged recipes come in families, one a method (``pretrain/60m-fira``, ``pretrain/60m-galore``): there each
-    method has the options that its own paper used. Elsewhere it has the recipe's, as far as it knows them.
-    """
-    own = dict(content.get("method") or {})
-    family = recipe.removesuffix(f"-{own.get('name')}")
-    sibling = f"{family}-{method}"
-    if recipe in recipe_names() and family != recipe and sibling in recipe_names():
-        return dict(load_recipe(sibling)["method"])
-    return own
 
 
 def run_config(variant: Variant, spec: Spec, folder: str) -> RunConfig:

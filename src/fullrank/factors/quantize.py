@@ -23,6 +23,9 @@ Kind = Literal["int8", "nf4", "nf4-double"]
 PEFT_MARKS = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit", "nf4-double": "is_loaded_in_4bit"}
 """Attribute of a model by which PEFT knows to put its own kind of layer on codes."""
 
+BLOCK = 64
+"""Entries that share a scale in 4-bit weights."""
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -46,7 +49,7 @@ class Quantization:
 
         Raises:
             ConfigError: If the model has no other linear layer.
-            UnsupportedError: If bitsandbytes is not installed.
+            UnsupportedError: If bitsandbytes is not installed, or would compute with other weights.
         """
         names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in keep]
         if not names:
@@ -55,10 +58,21 @@ class Quantization:
                 "trains. Set it to null."
             )
         for name in names:
+            self._refuse_width(name, model.get_submodule(name))
+        for name in names:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, self._coded(model.get_submodule(name)))
         setattr(model, PEFT_MARKS[self.kind], True)
         return names
+
+    def _refuse_width(self, name: str, layer: Any) -> None:
+        """Refuse what bitsandbytes 0.50 decodes wrongly in a forward pass on a CPU, without a word."""
+        width = layer.in_features
+        if self.kind != "int8" and self.device.type == "cpu" and width % BLOCK and width % 2 == 0:
+            raise UnsupportedError(
+                f"on a CPU bitsandbytes decodes 4-bit weights wrongly where a layer's inputs are no multiple of {BLOCK}"
+                f", and {name} has {width}. Set model.quantization int8 or null, or train on a GPU."
+            )
 
     def unmark_(self, model: nn.Module) -> None:
         """Take back PEFT's mark: a Trainer that sees it would not move the rest of the model."""
@@ -67,18 +81,19 @@ class Quantization:
     def _coded(self, plain: Any) -> nn.Module:
         """A layer with the codes of another one's weight."""
         try:
-            from bitsandbytes import nn as coded
+            import bitsandbytes
         except ImportError as error:
             raise UnsupportedError(
                 f"model.quantization {self.kind} is done by bitsandbytes, which is not installed. Install it: pip "
                 "install 'fullrank[quant]'."
             ) from error
+        coded: Any = bitsandbytes.nn
         sizes = (plain.in_features, plain.out_features)
         if self.kind == "int8":
             layer: Any = coded.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
             layer.weight = coded.Int8Params(plain.weight.detach().cpu(), requires_grad=False)
         else:
-            options = {"quant_type": "nf4", "compress_statistics": self.kind == "nf4-double"}
+            options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": self.kind == "nf4-double"}
             layer = coded.Linear4bit(*sizes, bias=False, compute_dtype=plain.weight.dtype, device="meta", **options)
             layer.weight = coded.Params4bit(plain.weight.detach(), requires_grad=False, module=layer, **options)
             # It would lay the codes out anew for inference, and compute a little otherwise there than in training.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fullrank.factors.pair import LayerPair
+from fullrank.ops.codes import decode_flat
 
 KINDS = ("Params4bit", "Int8Params")
 
@@ -74,8 +75,7 @@ def read_codes(base: Any) -> Tensor:
     if type(weight).__name__ == "Params4bit":
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             base.state_dict()  # turns the layout that bitsandbytes uses for inference on CPUs back
-        decoded: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state).float()
-        return decoded
+        return decode_flat(functional.dequantize_4bit, weight.data, weight.quant_state)
     values: Tensor = functional.int8_vectorwise_dequant(*_int8(base)).float()
     return values
 

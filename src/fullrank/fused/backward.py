@@ -65,13 +65,14 @@ class FusedBackward:
     ) -> None:
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.model = model
-        _refuse(self.optimizer, model, max_grad_norm)
+        _refuse(self.optimizer, model)
         refuse_optimizer(optimizer, self.optimizer)
         self._asks = is_accumulating
         self._is_inside = False
         self._stepped: set[Tensor] = set()
         """Parameters that were stepped since the optimizer's last step."""
-        self._meter = Meter(max_grad_norm)
+        self._meter = Meter()
+        self.max_grad_norm = max_grad_norm
         self._seats: dict[Tensor, Seat] = {}
         self._handles: dict[Tensor, Any] = {}
         self._sums = Sums(self.optimizer, self._seats)
@@ -82,12 +83,6 @@ class FusedBackward:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        if max_grad_norm is not None:
-            logger.info(
-                "the gradient of each parameter is clipped by itself, to a norm of %g: that of all together is not "
-                "known while they arrive",
-                max_grad_norm,
-            )
 
     # What is stepped so.
 
@@ -146,7 +141,7 @@ class FusedBackward:
         if parameter in self._stepped or (self._copies is not None and self._copies.has(parameter)):
             raise UnsupportedError(
                 f"{name} got a second gradient before optimizer.step(), and was stepped with the first. Call "
-                "optimizer.step() after each backward pass; say which are micro-batches by FusedBackward.accumulating(), "
+                "optimizer.step() after each backward pass; say which are micro-batches by accumulating(), "
                 "if the method can sum them; checkpoint a layer used twice with use_reentrant=False."
             )
         if parameter.grad is None:
@@ -204,6 +199,10 @@ class FusedBackward:
         finally:
             self._is_inside = before
 
+    def refuse_accumulation(self) -> None:
+        """Raise UnsupportedError if the method needs the whole gradient of all micro-batches together."""
+        self._sums.refuse()
+
     def _is_accumulating(self) -> bool:
         return self._is_inside or (self._asks is not None and self._asks())
 
@@ -253,6 +252,23 @@ class FusedBackward:
     # What a loop may want to know.
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """Largest norm of each parameter's gradient; may be changed between steps."""
+        return self._meter.bound
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, bound: float | None) -> None:
+        if bound is not None and not (is_number(bound) and 0.0 < float(bound) < math.inf):
+            raise ConfigError(f"max_grad_norm must be a number above 0, got {bound!r}. None is no clipping.")
+        self._meter.bound = bound
+        if bound is not None:
+            logger.info(
+                "the gradient of each parameter is clipped by itself, to a norm of %g: that of all together is not "
+                "known while they arrive",
+                bound,
+            )
+
+    @property
     def grad_norm(self) -> Tensor:
         """The norm (0-d) of all gradients together, as they were before clipping, from the last ``backward`` on.
 
@@ -282,12 +298,10 @@ def _weakly(fused: FusedBackward) -> Callable[[Tensor], None]:
     return hook
 
 
-def _refuse(optimizer: Any, model: nn.Module | None, max_grad_norm: float | None) -> None:
-    """Raise for what is no optimizer, model or bound to work with."""
+def _refuse(optimizer: Any, model: nn.Module | None) -> None:
+    """Raise for what is no optimizer or model to work with."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"FusedBackward needs a torch optimizer, got {type(optimizer).__name__}.")
-    if max_grad_norm is not None and not (is_number(max_grad_norm) and 0.0 < float(max_grad_norm) < math.inf):
-        raise ConfigError(f"max_grad_norm must be a number above 0, got {max_grad_norm!r}. None is no clipping.")
     if any(isinstance(getattr(hook, "__self__", None), FusedBackward) for hook in _step_hooks(optimizer)):
         raise ConfigError(
             f"this {type(optimizer).__name__} has a FusedBackward already. Go on with that one, or call its detach()."

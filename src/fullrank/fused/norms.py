@@ -43,14 +43,11 @@ class Norm:
 
 
 class Meter:
-    """The norms of what was stepped since the optimizer's last step, or in it.
+    """The norms of what was stepped since the optimizer's last step, or in it."""
 
-    Args:
-        bound: Largest norm of each, to which it is clipped; None: no clipping.
-    """
-
-    def __init__(self, bound: float | None) -> None:
-        self.bound = bound
+    def __init__(self) -> None:
+        self.bound: float | None = None
+        """Largest norm of each, to which it is clipped; None: no clipping."""
         self._norms: dict[Tensor, Norm] = {}
         self._is_over = True
         """Whether the step that these are of is over."""

@@ -119,6 +119,8 @@ class ApolloAdamW(ProjectedAdamW):
             partition_states=partition_states,
         )
 
+    reads_row_norms = True
+
     def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Scale the raw gradient: Algorithm 1 of the paper."""
         whole = group["scaling"] == "tensor" or matrix.basis_left is not None

@@ -41,6 +41,8 @@ from fullrank.sharding import Routine
 
 
 class _Fira(ProjectedOptimizer):
+    reads_row_norms = True
+
     def update_(self, matrix: MatrixStep, state: dict[str, Tensor], group: dict[str, Any]) -> Routine:
         """Norm-based scaling, limiter and update, in the order of Algorithm 1."""
         whole = group["scaling"] == "matrix" or matrix.basis_left is not None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fullrank.ops.kernels import fused
+
 LATE = float(1 << 40)
 """A step so late that Adam's bias corrections are 1; a power of two, so that float32 holds it."""
 
@@ -29,9 +31,11 @@ def adam_direction_(
 ) -> Tensor:
     """Update both moments in place with ``grad`` and return m / (sqrt(v) + eps), all of one shape.
 
-    torch's fused kernel does it in one pass where it can: one step of -1 from zero, so late that its
-    bias corrections are 1.
+    In one pass where that can be: on CUDA by our kernel, else by torch's fused one, as a step of -1 from zero, so late
+    that its bias corrections are 1.
     """
+    if fused.takes_direction(grad, exp_avg, exp_avg_sq):
+        return fused.direction_(exp_avg, exp_avg_sq, grad, betas=betas, eps=eps)
     if _same_layout(grad, exp_avg, exp_avg_sq):
         direction = torch.zeros_like(grad)
         torch._fused_adamw_(  # without torch.optim's sorting by device and dtype: there is one tensor

@@ -67,7 +67,7 @@ def encode(values: Tensor, *, squared: bool, flat: bool = False) -> tuple[Tensor
     padded = F.pad(rows, (0, -columns % block))
     codes, scales = _kernels().quantize_blockwise.default(padded, _table(squared, values.device), block)
     scales = scales + 0.0 * padded.view(-1, block).sum(1)  # the kernels pass over NaN; this brings it back
-    codes = codes.view(padded.shape)[:, :columns].reshape(values.shape)
+    codes = codes.view(padded.shape)[:, :columns].reshape(values.shape).contiguous()
     return codes, scales.view(scales_like)
 
 
@@ -82,7 +82,7 @@ def decode(codes: Tensor, scales: Tensor, *, squared: bool) -> Tensor:
     padded = F.pad(rows, (0, -columns % block))
     table = _table(squared, codes.device)
     values = _kernels().dequantize_blockwise.default(padded, scales.reshape(-1), table, block, torch.float32)
-    values = values.view(padded.shape)[:, :columns].reshape(codes.shape)
+    values = values.view(padded.shape)[:, :columns].reshape(codes.shape).contiguous()
     return values.square_() if squared else values
 
 

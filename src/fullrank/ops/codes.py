@@ -8,7 +8,9 @@ encoded themselves (nested, "double quantization"), which bitsandbytes decodes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,5 +70,19 @@ def decode(tensors: Mapping[str, Tensor]) -> Tensor:
         ) from error
     statistics = {name.removeprefix(f"{WEIGHT}."): tensor for name, tensor in tensors.items() if name != WEIGHT}
     state = QuantState.from_dict(statistics, device=codes.device)
-    decoded: Tensor = dequantize_4bit(codes, state)
-    return decoded.to(torch.float32)
+    return decode_flat(dequantize_4bit, codes, state)
+
+
+def decode_flat(dequantize_4bit: Any, codes: Tensor, state: Any) -> Tensor:
+    """A 4-bit weight (m x n, float32) by bitsandbytes' function and state, decoded as one row.
+
+    Blocks of 64 entries go on across rows, which its routine for CPUs forgets (version 0.50) where n is even and no
+    multiple of 64.
+    """
+    shape = state.shape
+    state.shape = torch.Size((1, math.prod(shape)))
+    try:
+        decoded: Tensor = dequantize_4bit(codes, state)
+    finally:
+        state.shape = shape
+    return decoded.reshape(shape).to(torch.float32)

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from fullrank.ops.kernels import onednn
+from fullrank.ops.kernels import fused, onednn
 
 BLOCK = 128
 """Rows of a transposed matrix squared at a time for its norms on a CPU."""
@@ -69,11 +69,14 @@ def add_lifted_(
 ) -> None:
     """W = keep * W + scale * (X Q^T + factor * rest) in place, or P X Q^T; without a ``rest`` the product alone.
 
-    ``factor`` is a column (M x 1) or a single number (1 x 1). Torch's own way passes twice over W, taking the sum
-    inside the product; oneDNN's as well, with the product beside it.
+    ``factor`` is a column (M x 1) or a single number (1 x 1). Torch's own way reads and writes W twice, the first time
+    inside the product, and rounds it twice; the kernel for CUDA does both once.
     """
     if basis_left_Mr is not None:
         low = basis_left_Mr.to(low.dtype) @ low
+    if fused.takes_update(weight_MN, low, basis_Nr, rest_MN):
+        fused.update_(weight_MN, low, basis_Nr, scale=scale, keep=keep, rest_MN=rest_MN, factor=factor)
+        return
     dtype = weight_MN.dtype
     low, basis_Nr = low.to(dtype), basis_Nr.to(dtype)
     factor = None if factor is None else factor.to(dtype)
@@ -97,6 +100,8 @@ def limit_growth_(norm: Tensor, previous: Tensor, *, gamma: float, floor: float)
     gamma / max(norm / (previous + 1e-8), gamma). All are 0-d tensors: nothing waits for the device.
     Without a floor a first norm near zero would allow growth from there by 1% a step for ever.
     """
+    if fused.takes_limit(norm, previous):
+        return fused.limit_growth_(norm, previous, gamma=gamma, floor=floor)
     if norm.device.type == "cpu":
         return _limit_growth_by_numbers_(norm, previous, gamma=gamma, floor=floor)
     # A norm whose squares overflowed: the update is dropped, and the memory stays.
@@ -135,4 +140,5 @@ def _transposed_norms_sq(matrix_MN: Tensor) -> Tensor:
     squares = blocks[0].to(torch.promote_types(matrix_MN.dtype, torch.float32)).square()
     for block in blocks[1:]:
         squares[: block.shape[0]].addcmul_(block, block)
-    return squares.sum(0).unsqueeze(1)
+    summed: Tensor = squares.sum(0)
+    return summed.unsqueeze(1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fullrank.ops.kernels import onednn
+from fullrank.ops.kernels import fused, onednn
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 """GaLore's names for the projected side: short, long, columns, rows, both."""
@@ -123,6 +123,13 @@ def project(grad_MN: Tensor, basis_Nr: Tensor, basis_left_Mr: Tensor | None = No
     if basis_left_Mr is not None:
         low_Mr = basis_left_Mr.to(low_Mr.dtype).t() @ low_Mr
     return _in_working_dtype(low_Mr)
+
+
+def project_with_norms(grad_MN: Tensor, basis_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
+    """R = G Q (M x r), and the squared norms of the rows of G (M x 1) where a kernel finds both in one pass."""
+    if fused.takes_projection(grad_MN, basis_Nr):
+        return fused.project(grad_MN, basis_Nr)
+    return project(grad_MN, basis_Nr), None
 
 
 def rotate_(moment: Tensor, turn_rr: Tensor, *, squared: bool, left: bool = False) -> None:

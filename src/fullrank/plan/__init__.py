@@ -10,7 +10,8 @@ real ones, their tensors have shapes and no content (``tracker``). Where all lay
 three of them are traced, and of one and of two sequences; every moment of the step is affine in both (``timeline``).
 """
 
+from fullrank.plan.options import Budget, PlanOptions
+from fullrank.plan.run import Plan, Row, plan
+from fullrank.plan.usage import Planner, Setting, Usage
 
-
-
-
+__all__ = ["Budget", "Plan", "PlanOptions", "Planner", "Row", "Setting", "Usage", "plan"]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fullrank.methods import METHODS, Built
 from fullrank.plan.network import Network
-from fullrank.plan.timeline import INNER, STEP, as_moments, on_device
+from fullrank.plan.timeline import FIRST, INNER, STEADY, STEP, as_moments, on_device
 from fullrank.plan.tracker import GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
 from fullrank.sparse import training
 from fullrank.train.sharded import blocks_of
@@ -39,6 +39,8 @@ class Work:
     """Whether a step has several batches."""
     padded: bool = False
     """Whether batches come with an attention mask, which masks nothing here."""
+    quantization: str | None = None
+    """How the linear layers of the base are kept as codes (``model.quantization``)."""
 
     @property
     def steps_in_backward(self) -> bool:
@@ -69,11 +71,12 @@ def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: i
         built = _at_work(model, network, work, tracker)
         _mark_layers(model, tracker)
         # SIFT chooses in the first pass, and a fused step makes its states there
-        passes = ("first", "steady") if work.steps_in_backward else ("steady",)
+        passes = (FIRST, STEADY) if work.steps_in_backward else (STEADY,)
         for name in passes:
             for _ in range(2 if work.accumulates else 1):
                 _pass(model, work, tracker, network, batch_size=batch_size, name=name)
             tracker.see(_gradients(built), GRADIENTS)
+            tracker.enter(name, "backward", "end")
             if work.steps_in_backward:
                 tracker.enter(name, STEP)
                 built.optimizer.step()

@@ -20,6 +20,8 @@ INNER = "inner"
 """The place of a layer that is neither the first nor the last."""
 STEP = "step"
 """The part of a region that is an optimizer's step."""
+FIRST, STEADY = "first", "steady"
+"""The pass that a run begins with, and all others."""
 Moments = Mapping[Region, NDArray[np.int64]]
 """Region -> bytes by category (columns) at each of its moments (rows)."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fullrank.errors import first_line
 
@@ -35,6 +35,8 @@ except ImportError:  # private, so another version of torch may lack them
 
 CATEGORIES = WEIGHTS, GRADIENTS, STATES, OTHER, HOST = tuple(range(5))
 """Of bytes: OTHER are activations and temporaries; HOST is what a run keeps in the memory of the host."""
+PLACE = torch.device("cpu")
+"""Where all tensors are, as far as they know."""
 FLASH = 1
 """torch's number of the attention kernel that keeps its output and a number for each row."""
 HOLDS = "_fullrank_holds"
@@ -75,24 +77,26 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Make an operation, and count what it has allocated."""
-        kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        fake = [tensor for tensor in given if isinstance(tensor, FakeTensor)]
+        if name == "device":  # a property, which is asked for at every turn
+            return PLACE
+        kwargs = kwargs or {}
+        given = list(_tensors(args)) + (list(_tensors(kwargs.values())) if kwargs else [])
+        fake = [tensor for tensor in given if type(tensor) is FakeTensor]
         if name == "_local_scalar_dense" and fake:
             asked = fake[0]
-            return getattr(asked, HOLDS, True) if asked.dtype == torch.bool else (1.0 if asked.dtype.is_floating_point else 1)
+            return getattr(asked, HOLDS, True) if asked.dtype == torch.bool else 1.0 if asked.is_floating_point() else 1
         if name == "_fused_sdp_choice":
             return FLASH
         if (given and not fake) or (not given and name in MAKERS and list(args[0]) == []):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if len(fake) < len(given):
-            args, kwargs = tree_map(_without_content, (args, kwargs))
+            args, kwargs = tree_map(_without_content, (args, dict(kwargs)))
         made = func(*args, **kwargs)
         if name in SETTLED and fake:
             setattr(made, HOLDS, SETTLED[name](getattr(fake[0], HOLDS, True)))
-        self.see(leaf for leaf in tree_leaves(made) if isinstance(leaf, FakeTensor))
+        self.see(tensor for tensor in _tensors((made,)) if type(tensor) is FakeTensor)
         return made
 
     def see(self, tensors: Iterable[Tensor], category: int | None = None) -> None:
@@ -128,6 +132,15 @@ class Tracker(TorchDispatchMode):
         category, size = self._known.pop(key)
         self._ends.pop(key, None)
         self.now[category] -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values and in the lists among them: no operation takes anything deeper."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _without_content(value: Any) -> Any:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from fullrank.methods import METHODS
 from fullrank.plan import formulas
+from fullrank.plan.coded import coded
 from fullrank.plan.network import Network
 from fullrank.plan.spread import Spread, spread
 from fullrank.plan.step import Work, quietly, trace_passes, trace_step
-from fullrank.plan.timeline import Held, Moments, alike, extended, most, peak
+from fullrank.plan.timeline import STEADY, STEP, Held, Moments, alike, extended, most, peak
 from fullrank.plan.tracker import GRADIENTS, HOST, OTHER, STATES, WEIGHTS, Region, Untraceable
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class Planner:
             temporaries = 0 if work.steps_in_backward else self._temporaries(setting)
         except Untraceable as error:
             logger.warning("activations are estimated by a formula: the step cannot be traced (%s)", error)
-            return replace(formulas.usage(setting, states, on_host), source="formula", why=str(error))
+            found = replace(formulas.usage(setting, states, on_host), source="formula", why=str(error))
+            return self._placed(found, setting)
         if not work.steps_in_backward:  # they were traced without an optimizer
             moments = {region: _with_states(rows, states - on_host, on_host) for region, rows in moments.items()}
         gradients = most(moments, GRADIENTS)
@@ -99,17 +101,24 @@ class Planner:
         held, where = peak(moments)
         stepping = Held(weights, gradients, states - on_host, temporaries, on_host)
         if not work.steps_in_backward and stepping.total > held.total:
-            held, where = stepping, ("steady", "step")
+            held, where = stepping, (STEADY, STEP)
         found = Usage(
             weights=weights,
             gradients=gradients,
             states=states,
             states_on_host=on_host,
-            activations=most({r: rows for r, rows in moments.items() if "step" not in r}, OTHER),
+            activations=most({r: rows for r, rows in moments.items() if r[0] == STEADY and STEP not in r}, OTHER),
             temporaries=temporaries,
             at_peak=held,
             where=where,
         )
+        return self._placed(found, setting)
+
+    def _placed(self, found: Usage, setting: Setting) -> Usage:
+        """In the type that the base is kept in, and on the GPUs that there are."""
+        network, work = setting.network, setting.work
+        if work.quantization is not None:
+            found = coded(found, network, work.quantization)
         return spread(found, network, work, setting.spread)
 
     def _moments(self, setting: Setting) -> Moments:

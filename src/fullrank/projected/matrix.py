@@ -95,6 +95,8 @@ class MatrixStep:
     keep: float
     """1 - lr * weight_decay, the factor that decoupled decay leaves of the updated weight."""
     cut: Cut
+    row_norms_sq: Tensor | None = None
+    """Squared norms of the rows of ``grad``, where projecting it found them on the way."""
 
     def low_norms(self, *, whole: bool) -> Generator[Request, Tensor, tuple[Tensor, Tensor]]:
         """Norms of R and of the direction: of each own row (own rows x 1), or whole (1 x 1)."""
@@ -106,7 +108,10 @@ class MatrixStep:
 
     def norms_sq(self, matrix: Tensor, *, whole: bool) -> Asking:
         """Squared norms of a matrix cut like G: of each own row (own rows x 1), or whole (1 x 1)."""
-        norms_sq = lowrank.norms_sq(matrix, whole=whole)
+        if matrix is self.grad and self.row_norms_sq is not None:
+            norms_sq = self.row_norms_sq.sum(0, keepdim=True) if whole else self.row_norms_sq
+        else:
+            norms_sq = lowrank.norms_sq(matrix, whole=whole)
         if whole:
             return (yield from self.cut.total(norms_sq))
         if self.cut.side == "columns":

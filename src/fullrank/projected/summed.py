@@ -59,6 +59,7 @@ class SummedOptimizer(ProjectedOptimizer):
         A collective if they are sharded.
         """
         self._prepare(seats)
+        self._has_stepped_ahead = True  # in part: the gradients were not missed
         for number, group, members in self.seated(seats):
             for index, parameter in members:
                 assert is_projected(parameter, group)
@@ -74,12 +75,12 @@ class SummedOptimizer(ProjectedOptimizer):
         grad = super()._oriented_gradient(parameter, cut)
         held = self.held(parameter)
         if held is None:
-            _, low = yield from super()._projection(parameter, state, grad, cut, group, seat=seat)
+            _, low, _ = yield from super()._projection(parameter, state, grad, cut, group, seat=seat)
             self._held = self._held or {}
             self._held[parameter] = low
         else:
             bases = yield from self._bases(state, grad, cut, group, seed=None)
-            held.add_((yield from projected(grad, *bases, cut)))
+            held.add_((yield from projected(grad, *bases, cut))[0])
 
     def steps_here(self, parameter: Tensor) -> bool:
         """Whether this process steps a parameter: it has a gradient, or something is held of it."""
@@ -100,9 +101,9 @@ class SummedOptimizer(ProjectedOptimizer):
         group: dict[str, Any],
         *,
         seat: Seat,
-    ) -> Generator[Request, Tensor, tuple[Bases, Tensor]]:
+    ) -> Generator[Request, Tensor, tuple[Bases, Tensor, Tensor | None]]:
         """As without sums; where there is one, with the bases that it was made with."""
         low = None if self._held is None else self._held.pop(parameter, None)
         if low is None:
             return (yield from super()._projection(parameter, state, grad, cut, group, seat=seat))
-        return (yield from self._bases(state, grad, cut, group, seed=None)), low
+        return (yield from self._bases(state, grad, cut, group, seed=None)), low, None

@@ -50,6 +50,8 @@ class ProjectedOptimizer(MethodOptimizer):
 
     moments: Sequence[str]
     """State keys of the low-rank (or plain) moments, in the order of ``direction_``."""
+    reads_row_norms = False
+    """Whether ``update_`` asks for the norms of the gradient's rows."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, partition_states: bool = False) -> None:
         defaults = defaults | {key: dtype_name(defaults[key]) for key in ("state_dtype", "plain_state_dtype")}
@@ -194,7 +196,7 @@ class ProjectedOptimizer(MethodOptimizer):
         """Refresh the basis if due, project, update the moments, and hand over to the method."""
         state = {key: local(value) for key, value in self.state[parameter].items()}
         grad = self._oriented_gradient(parameter, cut)
-        bases, low = yield from self._projection(parameter, state, grad, cut, group, seat=seat)
+        bases, low, row_norms_sq = yield from self._projection(parameter, state, grad, cut, group, seat=seat)
         with opened(state, self.moments) as held:
             direction = self.direction_(low.to(held[self.moments[0]].dtype), held, group).to(low.dtype)
         step = int(state["step"].add_(1))
@@ -211,6 +213,7 @@ class ProjectedOptimizer(MethodOptimizer):
                     step_size=self.step_size(group, step),
                     keep=1.0 - float(group["lr"]) * group["weight_decay"],
                     cut=cut,
+                    row_norms_sq=row_norms_sq,
                 ),
                 state,
                 group,
@@ -232,11 +235,11 @@ class ProjectedOptimizer(MethodOptimizer):
         group: dict[str, Any],
         *,
         seat: Seat,
-    ) -> Generator[Request, Tensor, tuple[Bases, Tensor]]:
-        """The bases for a step, refreshed if due, and R."""
+    ) -> Generator[Request, Tensor, tuple[Bases, Tensor, Tensor | None]]:
+        """The bases for a step, refreshed if due, R, and the norms of rows that came with it."""
         seed = subspace.mix_seed(group["seed"], *seat, int(state["step"])) if is_due(state, group, seat) else None
         bases = yield from self._bases(state, grad, cut, group, seed=seed)
-        return bases, (yield from projected(grad, *bases, cut))
+        return bases, *(yield from projected(grad, *bases, cut, norms=self.reads_row_norms))
 
     def _bases(
         self, state: dict[str, Tensor], grad: Tensor, cut: Cut, group: dict[str, Any], *, seed: int | None
@@ -252,8 +255,10 @@ class ProjectedOptimizer(MethodOptimizer):
                 found.append((yield from self._renewed(key, state, side, side_cut, group, seed=mixed)))
                 continue
             basis = state[key]
-            if side_cut.side == "rows" and not lowrank.uses_direct_residual(side_cut.num_columns, group["rank"]):
-                basis = basis.to(grad.dtype)  # all products with the gradient are taken in its dtype: send no more
+            if (side_cut.side == "rows" or len(sides) == 1) and not lowrank.uses_direct_residual(
+                side_cut.num_columns, group["rank"]
+            ):
+                basis = basis.to(grad.dtype)  # all products with it are taken in this dtype: convert once, send no more
             found.append((yield from side_cut.in_reach(basis)))
         assert found[0] is not None
         return found[0], found[1] if len(found) > 1 else None
@@ -301,14 +306,20 @@ def is_due(state: Mapping[str, Tensor], group: Mapping[str, Any], seat: Seat) ->
     return subspace.refresh_due(int(state["step"]), group["update_proj_gap"], index=index)
 
 
-def projected(grad: Tensor, basis: Tensor, basis_left: Tensor | None, cut: Cut) -> Asking:
-    """R: own rows of G Q, or all of P^T G Q."""
-    low = subspace.project(grad, basis, basis_left)
+def projected(
+    grad: Tensor, basis: Tensor, basis_left: Tensor | None, cut: Cut, *, norms: bool = False
+) -> Generator[Request, Tensor, tuple[Tensor, Tensor | None]]:
+    """R: own rows of G Q, or all of P^T G Q; and if asked the squared norms of G's rows, where they cost nothing."""
     if basis_left is not None:
-        return (yield from cut.total(low))
+        low = yield from cut.total(subspace.project(grad, basis, basis_left))
+        return low, None
+    if norms:
+        low, row_norms_sq = subspace.project_with_norms(grad, basis)
+    else:
+        low, row_norms_sq = subspace.project(grad, basis), None
     if cut.side == "columns":
-        return (yield Request("to_rows", low))
-    return low
+        low = yield Request("to_rows", low)
+    return low, row_norms_sq
 
 
 def _orthonormal(size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Adapters:
         fresh = class_head(model)
         self.base = fingerprint({name: p.detach() for name, p in model.named_parameters() if name not in fresh})
         """A short hash of each weight that training started from, but for those of a head."""
-        self.dtype = model.dtype
+        self.dtype = next(model.parameters()).dtype
         self.is_quantized = quantization is not None
         if quantization is not None:
             quantization.apply_(model, keep=heads(model))

@@ -165,7 +165,7 @@ ELSEWHERE = {
 }
 """TrainingArguments fields that the trainer section does not take, and what to do instead."""
 
-OWN_FIELDS = ("total_batch_size", "strategy", "shard_size")
+OWN_FIELDS = ("total_batch_size", "strategy", "shard_size", "fused_backward")
 """Fields of the trainer section that are ours, not TrainingArguments'."""
 
 BEST_MODEL = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")

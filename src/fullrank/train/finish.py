@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from fullrank import memory
+from fullrank.fused import FusedBackward
 from fullrank.methods import Built
 from fullrank.sharding import is_fully_sharded
 from fullrank.train import report
@@ -34,6 +35,7 @@ def finish(
     sizes: dict[str, int],
     built: Built,
     adapters: Adapters | None,
+    fused: FusedBackward | None = None,
 ) -> dict[str, Any]:
     """Write the trained model, an adapter if there is one, ``loss.png`` and, last, ``result.json``."""
     kept = (keeps_best(config) and trainer.state.best_global_step) or trainer.state.global_step
@@ -41,6 +43,8 @@ def finish(
     weight_bytes = memory.weight_bytes(trainer.accelerator.unwrap_model(trainer.model))  # before factors are merged
     model, sizes = save_trained(config, trainer, folder, sizes, built=built, adapters=adapters)
     optimizer: Any = trainer.optimizer
+    accumulates = trainer.args.gradient_accumulation_steps > 1
+    gradients = fused.gradient_bytes(accumulates=accumulates) if fused else memory.gradient_bytes(optimizer)
     result = {
         "method": config.method_name,
         "model": config.model.name,
@@ -60,7 +64,7 @@ def finish(
         **sizes,
         "weight_bytes": weight_bytes,
         "optimizer_state_bytes": memory.held_state_bytes(getattr(optimizer, "optimizer", optimizer)),
-        "gradient_bytes": memory.gradient_bytes(optimizer),
+        "gradient_bytes": gradients,
         "peak_memory_bytes": memory.peak_memory_bytes(),
         "step_time_median_s": report.median_step_time(folder),
         "sample": None if data.label_names else write_sample(model, tokenizer, data, seed=config.seed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,20 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{name} must hold sections such as model: and data:, it holds {found}.")
     return content
+
+
+def method_section(recipe: str, content: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The options of a method under a recipe.
+
+    Packaged recipes come in families, one a method (``pretrain/60m-fira``, ``pretrain/60m-galore``): there each
+    method has the options that its own paper used. Elsewhere it has the recipe's, as far as it knows them.
+    """
+    own = dict(content.get("method") or {})
+    family = recipe.removesuffix(f"-{own.get('name')}")
+    sibling = f"{family}-{method}"
+    if recipe in recipe_names() and family != recipe and sibling in recipe_names():
+        return dict(load_recipe(sibling)["method"])
+    return own
 
 
 def recipe_names() -> list[str]:

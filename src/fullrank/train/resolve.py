@@ -126,6 +126,7 @@ def trainer_parser() -> ArgumentParser:
     parser.add_argument("--total_batch_size", type=int | None, help="Sequences per optimizer step over all devices.")
     parser.add_argument("--strategy", type=Literal["ddp", "fsdp2"], help="How processes share the model.")
     parser.add_argument("--shard_size", type=int | None, help="Processes that fsdp2 spreads one copy over; null: all.")
+    parser.add_argument("--fused_backward", type=bool, help="Step each parameter as its gradient arrives; free that.")
     return parser
 
 

@@ -30,6 +30,7 @@ from fullrank.train.data.sequences import load_data
 from fullrank.train.data.tokenizer import load_tokenizer, named_tokenizer
 from fullrank.train.finish import finish
 from fullrank.train.folders import anchored, cache_dir, refuse_unusable
+from fullrank.train.fused import fuse, refuse_fused
 from fullrank.train.load import model_place
 from fullrank.train.loop import train
 from fullrank.train.model import PAPER_SIZES, build_model
@@ -84,6 +85,7 @@ def _run(
         raise ConfigError(f"this configuration is of a {config.command} run. Call fullrank.train.run.{config.command}.")
     config = placed(config)
     refuse_launch(config)
+    refuse_fused(config)
     folder = find_folder(config, resume=resume)
     try:
         return _line(config, folder, resume=resume, callbacks=callbacks)
@@ -130,6 +132,7 @@ def _line(
     built = method.build(model, config.method)
     refuse_frozen(model, fresh)
     warn_of_rounding(built.optimizer, config)
+    fused = fuse(config, args, built.optimizer, model)
     checkpoint.keep_own_names(model)
     recorder = Recorder(folder, config, content_hash=data.content_hash)
     steps = method_steps(built, adapters, folder)
@@ -141,6 +144,7 @@ def _line(
         tokenizer=tokenizer,
         data=data,
         built=built,
+        fused=fused,
         callbacks=[recorder, *([steps] if steps else []), *callbacks],
     )
     trainer = train(config, make, built, folder, start)
@@ -150,7 +154,15 @@ def _line(
         logger.log(level, "stopped at step %d; go on with: fullrank %s --resume %s", step, config.command, folder)
         return None
     return finish(
-        config, trainer, data, tokenizer=tokenizer, folder=folder, sizes=sizes, built=built, adapters=adapters
+        config,
+        trainer,
+        data,
+        tokenizer=tokenizer,
+        folder=folder,
+        sizes=sizes,
+        built=built,
+        adapters=adapters,
+        fused=fused,
     )
 
 
@@ -221,9 +233,7 @@ def make_model(
     return model, frozenset()
 
 
-def attach_adapters(
-    model: PreTrainedModel, method: Method, config: RunConfig, device: torch.device
-) -> Adapters | None:
+def attach_adapters(model: PreTrainedModel, method: Method, config: RunConfig, device: torch.device) -> Adapters | None:
     """The LoRA layers that a method asks for, on the model; only then is PEFT imported."""
     request = None if method.adapters is None else method.adapters(config.method)
     if request is None:

@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from fullrank.errors import ConfigError
+from fullrank.fused import FusedBackward
 from fullrank.methods import Built
 from fullrank.train.callbacks import ProgressBar
 from fullrank.train.config import OWN_FIELDS, RunConfig
 from fullrank.train.data.prepared import Data
+from fullrank.train.fused import log_norms
 from fullrank.train.parallel import ParallelTrainer
 from fullrank.train.recipes import nearest
 from fullrank.train.sharded import DDP, FSDP2, strategy_of
@@ -47,6 +49,7 @@ def make_trainer(
     data: Data,
     built: Built,
     callbacks: list[Any],
+    fused: FusedBackward | None = None,
 ) -> Trainer:
     """The Trainer of a run, with the method's optimizer and a schedule over its optimizer steps."""
     for switch in built.switches:
@@ -73,6 +76,8 @@ def make_trainer(
         raise refused(error) from error
     except OSError as error:
         raise ConfigError(f"output_dir {args.output_dir} cannot be made: {error}. Choose another.") from error
+    if fused is not None:
+        log_norms(trainer, fused)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     return trainer

@@ -1,0 +1,150 @@
+"""Update during backward in a run (``trainer.fused_backward``), and in any transformers Trainer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from accelerate.state import GradientState
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.fused import FusedBackward
+from fullrank.sharding import is_sharded, num_processes
+from fullrank.train.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def is_fused(config: RunConfig) -> bool:
+    """Whether the parameters of a run are stepped as their gradients arrive."""
+    return bool(config.trainer.get("fused_backward"))
+
+
+def refuse_fused(config: RunConfig) -> None:
+    """Check what can be known of ``trainer.fused_backward`` before anything is loaded.
+
+    Raises:
+        ConfigError: If it contradicts another setting.
+    """
+    if not is_fused(config):
+        return
+    if config.trainer.get("fp16"):
+        raise ConfigError(
+            "trainer.fused_backward cannot be used with trainer.fp16, which scales gradients and skips a step after it "
+            "has seen all of them. Set trainer.bf16 true instead."
+        )
+    if getattr(config.method, "partition_states", False):
+        raise ConfigError(
+            "trainer.fused_backward steps each parameter in every process as its gradient arrives, and "
+            "method.partition_states in one of them, after the backward pass. Leave one of them out."
+        )
+    if not hasattr(Trainer, "_get_grad_norm"):
+        raise ConfigError(
+            f"trainer.fused_backward needs transformers 5.23, and the Trainer of {transformers.__version__} has no "
+            "_get_grad_norm. Install it, or leave fused_backward out."
+        )
+
+
+def fuse(
+    config: RunConfig, args: TrainingArguments, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> FusedBackward | None:
+    """Step parameters as their gradients arrive, if a run asks for it; its Trainer then clips nothing itself.
+
+    Args:
+        config: Of the run.
+        args: Of its Trainer; the bound of its clipping goes over to each parameter's own.
+        optimizer: Of the method.
+        model: Sharded already, or not wrapped yet.
+
+    Raises:
+        ConfigError: If several backward passes go into a step and the method cannot sum them in small.
+    """
+    if not is_fused(config):
+        return None
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process sees {args.n_gpu} GPUs and would copy the model by nn.DataParallel, which hands over all "
+            f"gradients at once. Start it by torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    fused = FusedBackward(
+        optimizer, model=model, max_grad_norm=args.max_grad_norm or None, is_accumulating=_is_accumulating
+    )
+    if args.gradient_accumulation_steps > 1 and not fused.can_accumulate:
+        fused.detach()
+        raise ConfigError(
+            f"trainer.fused_backward frees each gradient in its backward pass, and a step of this run takes "
+            f"{args.gradient_accumulation_steps}, whose sum {config.method_name} needs whole. Raise "
+            "trainer.per_device_train_batch_size to the whole batch (trainer.gradient_checkpointing true makes room), "
+            "use galore or sift, whose gradients are summed in small, or leave fused_backward out."
+        )
+    args.max_grad_norm = 0.0
+    return fused
+
+
+def log_norms(trainer: Trainer, fused: FusedBackward) -> None:
+    """Let a Trainer log the norm of the gradients that it does not see."""
+
+    def get_grad_norm(model: nn.Module, grad_norm: Any = None) -> torch.Tensor:
+        return fused.grad_norm
+
+    trainer._get_grad_norm = get_grad_norm  # type: ignore[method-assign]
+
+
+def _is_accumulating() -> bool:
+    """Whether accelerate's loop is at a micro-batch before the last."""
+    return not GradientState().sync_gradients
+
+
+class FusedSteps(TrainerCallback):
+    """Steps every parameter as its gradient arrives, in a Trainer of your own.
+
+    The bound of its clipping, ``max_grad_norm``, then holds for each parameter's gradient, and the norm of all of them
+    is logged as ``grad_norm``. In several processes under DDP give it the model, which is not wrapped yet then, and the
+    optimizer; else it finds the optimizer when training begins.
+
+    Examples:
+        >>> Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[FusedSteps()])
+
+    Args:
+        optimizer: That the Trainer is given; None: the one that it makes.
+        model: The plain model.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None = None, model: nn.Module | None = None) -> None:
+        self.fused: FusedBackward | None = None
+        if optimizer is not None:
+            self.fused = FusedBackward(optimizer, model=model, is_accumulating=_is_accumulating)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the hooks on, now that the parameters are those that train.
+
+        Raises:
+            UnsupportedError: If the model was wrapped before it could be prepared, or a step takes several backward
+                passes whose gradients cannot be summed in small.
+        """
+        if self.fused is None:
+            model = kwargs["model"]
+            if num_processes() > 1 and not any(map(is_sharded, model.parameters())):
+                raise UnsupportedError(
+                    "DistributedDataParallel has wrapped the model already. Make FusedSteps(optimizer, model) before "
+                    "the Trainer, and give it both."
+                )
+            self.fused = FusedBackward(kwargs["optimizer"], is_accumulating=_is_accumulating)
+        if args.gradient_accumulation_steps > 1:
+            self.fused.refuse_accumulation()
+        self.fused.max_grad_norm = args.max_grad_norm or None
+        args.max_grad_norm = 0.0
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report the norm of the last step's gradients."""
+        logs = kwargs.get("logs") or {}
+        if self.fused is not None and "grad_norm" in logs:
+            logs["grad_norm"] = self.fused.grad_norm.item()
+            if state.log_history and "grad_norm" in state.log_history[-1]:
+                state.log_history[-1]["grad_norm"] = logs["grad_norm"]
