@@ -109,6 +109,19 @@ def summarise(variant: Variant, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def page_tables(report: dict[str, Any]) -> list[str]:
+    """The lines of the two tables of docs/precision.md."""
+    lines = ["| method | weights | moments | rounding | perplexity | seeds | state |", "|" + " --- |" * 7]
+    for row in report["results"]:
+        seeds = ", ".join(f"{value:.1f}" for value in row["perplexity_by_seed"])
+        state = row["optimizer_state_bytes"] / (2 * 4 * report["model"]["parameters"])
+        cells = [row["method"], row["weights"], row["moments"], row["rounding"], f"{row['perplexity']:.1f}", seeds]
+        lines.append(f"| {' | '.join(cells)} | {state:.0%} |")
+    lines += ["", "| moments | gradients of one size | a hundredth of it |", "| --- | --- | --- |"]
+    lines += [f"| {row['moments']} | {row['steady']:.2f} | {row['fallen']:.2f} |" for row in report["followed"]]
+    return lines
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,7 +143,7 @@ def main() -> None:
     followed = follow()
     table = [summarise(variant, rows[variant.name]) for variant in chosen]
     write_report("precision", table, rows, args, followed_steps=FOLLOWED, followed=followed)
-    print(json.dumps(followed, indent=1))
+    print("\n".join(page_tables(json.loads(args.output.read_text()))))
 
 
 if __name__ == "__main__":

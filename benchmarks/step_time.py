@@ -10,11 +10,12 @@ A step and a refresh are timed apart. A refresh is timed on the matrices of ``--
 (a refreshing step minus a plain one) and scaled to all; amortised = step + refresh / gap. The bases of
 the other timings come from one exact SVD a shape, reused: they are orthonormal, and nobody waits.
 
-The bound is what any such method must do with torch's own kernels: two products a matrix, R = G Q and
-W += R Q^T, and one pass over weights and gradients, W += G; plain tensors take torch's fused AdamW.
+The bound is what any such method must do with torch's own products: two a matrix, R = G Q and W += R Q^T, and one
+pass over weights and gradients, W += G; plain tensors take torch's fused AdamW. Where ours are below it, a product
+is not torch's (``fullrank.ops.kernels``).
 
-    python benchmarks/step_time.py --sizes 60M 130M --rounds 15
-    python benchmarks/step_time.py --device cuda --sizes 1B 7B --layers 4
+    python benchmarks/step_time.py --sizes 60M 130M --dtype float32 bfloat16 --compare-kernels
+    python benchmarks/step_time.py --device cuda --sizes 1B 7B --layers 4 --rank 256 d/4 --compare-kernels
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import argparse
 import contextlib
 import gc
 import importlib.metadata
+import itertools
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -35,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time_cases import CASES, Case, Groups, set_gap
+from step_time_cases import CASES, KERNEL_CASES, Case, Groups, set_gap
+from step_time_targets import bytes_moved, targets_of
 from timing import Clock, one_svd_per_shape, round_robin
 from torch import nn
 
@@ -130,13 +134,18 @@ def refresh_times(cases: list[Case], groups: Groups, clock: Clock, rounds: int) 
     }
 
 
-def measure_size(size: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """All rows of one model size: both scopes, each case with each of its bases."""
-    dtype = getattr(torch, options.dtype)
-    clock, rank, all_layers = Clock(device), LLAMA[size][0] // 4, LLAMA[size][2]
+def measure_size(
+    size: str, dtype_name: str, rank_name: str, options: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    """All rows of one model size, dtype and rank: both scopes, each case with each of its bases."""
+    dtype = getattr(torch, dtype_name)
+    hidden, _, all_layers, _ = LLAMA[size]
+    clock, rank = Clock(device), hidden // 4 if rank_name == "d/4" else min(int(rank_name), hidden)
     layers = min(options.layers or all_layers, all_layers)
     matrices, plain = make_tensors(size, layers, device, dtype)
-    cases = [case for case in CASES if case.available() and (dtype.itemsize == 2 or not case.half_only)]
+    wanted = [*CASES, *(KERNEL_CASES if options.compare_kernels else [])]
+    wanted = [case for case in wanted if not options.cases or any(part in case.name for part in options.cases)]
+    cases = [case for case in wanted if case.available() and (dtype.itemsize == 2 or not case.half_only)]
     sample = min(options.refresh_layers, layers)
     few = groups_of(matrices[: 7 * sample], [], rank, NEVER)
     refresh = refresh_times(cases, few, clock, options.refresh_rounds)
@@ -145,9 +154,16 @@ def measure_size(size: str, options: argparse.Namespace, device: torch.device) -
     for scope, others in (("matrices", []), ("model", plain)):
         times = step_times(cases, groups_of(matrices, others, rank, NEVER), clock, options.rounds)
         free(device)
-        common = {"size": size, "scope": scope, "rank": rank, "layers_timed": layers, "layers": all_layers}
+        common = {"size": size, "dtype": dtype_name, "rank": rank, "scope": scope, "device": device.type}
+        common |= {"layers_timed": layers, "layers": all_layers, "num_matrices": len(matrices)}
+        common["bytes_moved"] = bytes_moved([tuple(m.shape) for m in matrices], rank, dtype.itemsize, sum_of(others))
         rows += rows_of(common, cases, times, refresh, layers / sample, options.gap)
     return rows
+
+
+def sum_of(tensors: list[nn.Parameter]) -> int:
+    """Numbers in all of them."""
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def rows_of(
@@ -190,10 +206,14 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     first = {row["case"]: row for row in reversed(rows)}
     exact = {(row["case"], row["basis"]): row for row in rows}
     for row in rows:
-        name = row.get("peer", "")
+        name = row.get("peer") or ""
         peer = exact.get((name, row["basis"])) or first.get(name)
         row["step_over_bound"] = row["step_s"] / rows[0]["step_s"]
-        row["amortised_over_adamw"] = row["amortised_s"] / first["torch AdamW fused"]["amortised_s"]
+        row["amortised_over_bound"] = row["amortised_s"] / rows[0]["step_s"]
+        row["refreshing_over_step"] = (row["step_s"] + row["refresh_s"]) / row["step_s"]
+        for key, name in (("adamw", "torch AdamW fused"), ("adamw_float32", "torch AdamW fused, float32")):
+            if name in first:
+                row[f"amortised_over_{key}"] = row["amortised_s"] / first[name]["amortised_s"]
         row["authors_step_over_this"] = peer["step_s"] / row["step_s"] if peer else None
         row["authors_amortised_over_this"] = peer["amortised_s"] / row["amortised_s"] if peer else None
 
@@ -226,15 +246,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]], gap: int) -> str:
     """All rows as one text table, times in milliseconds."""
     step, refresh, amortised = "step", "refresh", f"per step @{gap}"
-    head = f"{'size':5} {'layers':6} {'scope':9} {'case':31} {'basis':7}"
+    head = f"{'size':5} {'dtype':8} {'rank':>4} {'layers':6} {'scope':9} {'case':34} {'basis':7}"
     head += f" {step:>9} {refresh:>10} {amortised:>14} {'step/bound':>10} {'/AdamW':>7}"
     head += f" {'authors/this':>12} {amortised:>14}"
     lines = [head, "-" * len(head)]
     for row in rows:
         layers = f"{row['layers_timed']}/{row['layers']}"
-        line = f"{row['size']:5} {layers:6} {row['scope']:9} {row['case']:31} {row['basis']:7}"
+        line = f"{row['size']:5} {row['dtype']:8} {row['rank']:4} {layers:6} {row['scope']:9}"
+        line += f" {row['case']:34} {row['basis']:7}"
         line += f" {row['step_s'] * 1e3:9.2f} {row['refresh_s'] * 1e3:10.1f} {row['amortised_s'] * 1e3:14.2f}"
-        line += f" {row['step_over_bound']:10.2f} {row['amortised_over_adamw']:7.2f}"
+        line += f" {row['step_over_bound']:10.2f} {row.get('amortised_over_adamw', math.nan):7.2f}"
         if row["authors_step_over_this"] is not None:
             line += f" {row['authors_step_over_this']:12.2f} {row['authors_amortised_over_this']:14.2f}"
         lines.append(line)
@@ -250,7 +271,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="layers to time (0: all; at 7B memory allows few)")
     parser.add_argument("--gap", type=int, default=200, help="steps between refreshes, to amortise over")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 on a GPU")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="float32; on a GPU bfloat16")
+    parser.add_argument("--rank", nargs="+", default=["d/4"], help="numbers, or d/4 for a quarter of the width")
+    parser.add_argument("--cases", nargs="+", default=[], help="cases with one of these in their names (default: all)")
+    parser.add_argument("--compare-kernels", action="store_true", help="ours without the kernels, too")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/step_time_<hardware>_<yyyymm>.json")
     return parser.parse_args()
@@ -259,22 +283,27 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     device = torch.device(options.device)
-    options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    options.dtype = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     known = environment(device)
-    rows = [row for size in options.sizes for row in measure_size(size, options, device)]
+    runs = itertools.product(options.sizes, options.dtype, options.rank)
+    rows = [row for run in runs for row in measure_size(*run, options, device)]
     hardware = (known["gpu"] or f"{known['cpu']} {known['threads']} threads").lower().replace(" ", "-")
     output = options.output or RESULTS / f"step_time_{hardware}_{known['date'][:7].replace('-', '')}.json"
     settings = {k: v for k, v in vars(options).items() if k != "output"}
     settings["refresh"] = f"timed on {options.refresh_layers} layer(s), scaled to layers_timed"
     missing = [case.name for case in CASES if not case.available()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"environment": known, "settings": settings, "missing": missing, "rows": rows}
+    targets = targets_of(rows)
+    report = {"environment": known, "settings": settings, "missing": missing, "targets": targets, "rows": rows}
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows, options.gap))
+    for target in targets:
+        verdict = "reached" if target["reached"] else "missed"
+        print(f"{verdict:7} {target['found']:6.2f} ({target['wanted']})  {target['target']}: {target['of']}")
     print(f"wrote {output}")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fullrank.ops.kernels import kernels
+
 LR = 1e-6
 """So small that thousands of steps leave the weights what they were."""
 
@@ -66,8 +68,34 @@ def ours(name: str, **options: Any) -> Callable[[Any, Groups, str], torch.optim.
     return make
 
 
+class WithoutKernels:
+    """A case of ours on torch's own routines alone, stepped as an optimizer is."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    def step(self) -> None:
+        with kernels(False):
+            self.optimizer.step()
+
+
+def without_kernels(name: str) -> Callable[[Any, Groups, str], Any]:
+    """A class of fullrank with the kernels switched off."""
+    return lambda module, groups, basis: WithoutKernels(ours(name)(module, groups, basis))
+
+
 def adamw(module: Any, groups: Groups, basis: str) -> torch.optim.Optimizer:
     return module.AdamW([*groups.matrices, *groups.plain], lr=LR, fused=True)
+
+
+def adamw_float32(module: Any, groups: Groups, basis: str) -> torch.optim.Optimizer:
+    """On float32 copies of weights and gradients: its states are float32 too, which torch's kernel ties together."""
+    copies = []
+    for weight in [*groups.matrices, *groups.plain]:
+        assert weight.grad is not None
+        copies.append(nn.Parameter(weight.detach().float()))
+        copies[-1].grad = weight.grad.float()
+    return module.AdamW(copies, lr=LR, fused=True)
 
 
 def fira(module: Any, groups: Groups, basis: str) -> torch.optim.Optimizer:
@@ -91,6 +119,7 @@ def other_fira(module: Any, groups: Groups, basis: str) -> torch.optim.Optimizer
 
 CASES = [
     Case("torch AdamW fused", "torch.optim", adamw),
+    Case("torch AdamW fused, float32", "torch.optim", adamw_float32, half_only=True),
     Case("fullrank FiraAdamW", "fullrank", ours("FiraAdamW"), ("svd", "power", "random"), "fira FiraAdamW"),
     Case(
         "fullrank FiraAdamW, half state",
@@ -109,6 +138,12 @@ CASES = [
     ),
     Case("apollo-torch APOLLOAdamW", "apollo_torch", apollo, ("random", "svd")),
 ]
+
+KERNEL_CASES = [
+    Case(f"fullrank {name}, no kernels", "fullrank", without_kernels(name), bases)
+    for name, bases in (("FiraAdamW", ("power",)), ("GaLoreAdamW", ("power",)), ("ApolloAdamW", ("random",)))
+]
+"""Ours without the kernels of ``ops.kernels``, for ``--compare-kernels``."""
 
 
 def set_gap(optimizer: torch.optim.Optimizer, gap: int) -> None:

@@ -168,6 +168,30 @@ def test_equals_the_ordinary_loop(name: str, network: dict[str, Any]) -> None:
     assert_same_loop(found, Loop(OPTIMIZERS[name], fused=False, **network).run())
 
 
+@pytest.mark.parametrize("kind", [AdamW, FiraAdamW])
+def test_rounding_at_random_is_the_same(kind: Any) -> None:
+    """It follows from seed, place and step, not from who was stepped before."""
+    make = (
+        projected(FiraAdamW, weight_rounding="stochastic")
+        if kind is FiraAdamW
+        else lambda model: AdamW(model.parameters(), lr=1e-2, weight_rounding="stochastic")
+    )
+    found, wanted = (Loop(make, fused=fused, dtype=torch.bfloat16).run() for fused in (True, False))
+    assert_same(found.model, wanted.model)
+    assert_same_state(found.optimizer, wanted.optimizer)
+
+
+def test_another_package() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, wanted = (
+            Loop(lambda model: bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-2), fused=fused).run()
+            for fused in (True, False)
+        )
+    assert_same(found.model, wanted.model)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_equals_its_ordinary_loop(name: str) -> None:
     """Restarts, chosen entries and factors too."""

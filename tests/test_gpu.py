@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fullrank import ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW, GaLoreRMSprop, LowRankPair, ReLoRA
+from fullrank import AdamW, ApolloAdamW, FiraAdamW, FiraRMSprop, GaLoreAdamW, GaLoreRMSprop, LowRankPair, ReLoRA
 from fullrank.ops import lowrank, subspace
-from fullrank.ops.kernels import fused, kernels
+from fullrank.ops.kernels import gpu, kernels
 from tests.problems import make_gradients, make_weight, relative_error
 
 pytestmark = [
@@ -76,7 +76,7 @@ def test_the_kernel_projects_and_takes_norms(dtype: torch.dtype, shape: tuple[in
     grad = make_weight(sides).to("cuda", dtype)
     grad = grad.t() if transposed else grad
     basis = torch.linalg.qr(torch.randn(num_columns, rank, device="cuda"))[0]
-    assert fused.takes_projection(grad, basis)
+    assert gpu.takes_projection(grad, basis)
     low, norms_sq = subspace.project_with_norms(grad, basis)
     assert norms_sq is not None
     assert relative_error(low, grad.double() @ basis.to(dtype).double()) < 1e-5
@@ -98,7 +98,7 @@ def test_the_kernel_updates(dtype: torch.dtype, shape: tuple[int, int, int], tra
     wanted = 0.9 * weight.double() - 1e-3 * low.to(dtype).double() @ basis.to(dtype).double().t()
     wanted -= 1e-3 * factor.double() * grad.double() * has_rest
     rest = grad if has_rest else None
-    assert fused.takes_update(weight, low, basis, rest)
+    assert gpu.takes_update(weight, low, basis, rest)
     lowrank.add_lifted_(weight, low, basis, scale=-1e-3, keep=0.9, rest_MN=rest, factor=factor if has_rest else None)
     unit = torch.finfo(dtype).eps
     assert ((weight.double() - wanted).abs() <= 0.51 * unit * wanted.abs() + 1e-5).all()
@@ -155,3 +155,34 @@ def test_a_small_update_reaches_bfloat16_weights_on_the_gpu() -> None:
     pair = LowRankPair(weight, torch.full((1, 512), 1e-3, device="cuda"), torch.ones(512, 1, device="cuda"))
     pair.merge_(generator=torch.Generator("cuda").manual_seed(0))
     assert weight.float().mean().item() == pytest.approx(1.001, abs=1e-4)
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, AdamW])
+def test_eight_bits_follow_the_cpu(cls: Callable[..., torch.optim.Optimizer]) -> None:
+    """Codes may differ where the kernels of the two devices round a tie otherwise."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        weight = torch.nn.Parameter(make_weight((96, 64)).float().to(device))
+        options = {"rank": 8, "basis": "random"} if cls is not AdamW else {"weight_decay": 0.0}
+        optimizer = cls([weight], lr=1e-2, state_dtype="8bit", **options)
+        for gradient in make_gradients((96, 64), 10):
+            weight.grad = gradient.float().to(device)
+            optimizer.step()
+        found[device] = weight.detach().cpu()
+    start = make_weight((96, 64)).float()
+    assert relative_error(found["cuda"], found["cpu"], start) < 0.05
+
+
+@pytest.mark.parametrize("cls", [FiraAdamW, AdamW])
+def test_eight_bits_and_random_rounding_do_not_wait_for_the_device(cls: Callable[..., torch.optim.Optimizer]) -> None:
+    weight = torch.nn.Parameter(make_weight((96, 64)).bfloat16().cuda())
+    options = {"rank": 8} if cls is not AdamW else {}
+    optimizer = cls([weight], lr=1e-2, state_dtype="8bit", weight_rounding="stochastic", **options)
+    for number in range(2):
+        weight.grad = make_gradients((96, 64), 2)[number].bfloat16().cuda()
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert weight.isfinite().all()

@@ -30,7 +30,7 @@ from fullrank.moments import (
 )
 from fullrank.ops import adam
 from fullrank.optimizer import AdamConfig, MethodOptimizer, Seat, adam_problems
-from fullrank.saved_state import StateSpec
+from fullrank.saved_state import StateSpec, bytes_of
 from fullrank.sharding import gradient_of, is_sharded, local
 from fullrank.stepping import NO_EFFECT, has_no_effect, in_full, rounding_problems, rounding_seed
 
@@ -227,8 +227,7 @@ def state_bytes_of(
     """Bytes of what ``make_adamw`` keeps of one parameter of this shape and type: moments and step count."""
     if not _is_own(config):
         return 2 * math.prod(shape) * dtype.itemsize + 4
-    spec = moments_spec(shape, dtype, {"state_dtype": config.state_dtype, "blocks": blocks})
-    return 4 + sum(math.prod(size) * held.itemsize for size, held in spec.values())
+    return 4 + bytes_of(moments_spec(shape, dtype, {"state_dtype": config.state_dtype, "blocks": blocks}))
 
 
 def _is_own(config: AdamWConfig) -> bool:

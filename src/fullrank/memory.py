@@ -8,12 +8,16 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fullrank.factors.quantize import statistic_bytes
+from fullrank.errors import UnsupportedError
 from fullrank.methods import METHODS
 from fullrank.methods.full import FullConfig
 from fullrank.sharding import local
@@ -62,3 +66,52 @@ def peak_memory_bytes() -> int:
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Tracked:
+    """What was allocated in a block."""
+
+    peak: int = 0
+    """The most bytes at a time; 0 until the block has ended."""
+    left: int = 0
+    """Bytes that were not freed in it."""
+
+
+@contextmanager
+def tracked_peak(device: torch.device | str = "cpu") -> Iterator[Tracked]:
+    """Measure the most bytes that torch allocates at a time in a block.
+
+    On the CPU every allocation is recorded by torch's profiler, so the block is slower, and counts what is allocated
+    within it: make the model there. On a GPU it is the allocator's own count, of all that lives there.
+
+    Args:
+        device: Where to count.
+
+    Raises:
+        UnsupportedError: If this version of torch does not tell allocations apart.
+    """
+    found, place = Tracked(), torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+        torch.cuda.reset_peak_memory_stats(place)
+        before = torch.cuda.memory_allocated(place)
+        yield found
+        torch.cuda.synchronize(place)
+        found.peak = torch.cuda.max_memory_allocated(place)
+        found.left = torch.cuda.memory_allocated(place) - before
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield found
+    try:
+        events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    except AttributeError as error:
+        raise UnsupportedError(
+            f"torch {torch.__version__} does not say what its profiler has recorded ({error}). Measure on a GPU."
+        ) from error
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    for _, size in changes:
+        found.left += size
+        found.peak = max(found.peak, found.left)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.partition import Partition
-from fullrank.saved_state import StateSpec, check_loadable, own_entries, paired, placed, without_own
+from fullrank.saved_state import StateSpec, bytes_of, check_loadable, own_entries, paired, placed, without_own
 from fullrank.sharding import any_part, is_connected, is_sharded, local, make_state, refuse_flattened, split_of
 
 Seat = tuple[int, int]
@@ -243,8 +243,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         if self._partition is None:
             self._partition = Partition()
         if len(self._partition.owners) < len(parameters):
-            specs = self._spec_of().items()
-            sizes = {p: sum(torch.Size(shape).numel() for shape, _ in spec.values()) for p, spec in specs}
+            sizes = {parameter: bytes_of(spec) for parameter, spec in self._spec_of().items()}
             self._partition.include({p: size if p.requires_grad else 0 for p, size in sizes.items()})
 
     def consolidate_state_dict(self) -> None:
@@ -281,11 +280,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def planned_state_bytes(self) -> int:
         """Bytes of state once every trainable parameter has had a gradient; works on the meta device."""
-        return sum(
-            torch.Size(shape).numel() * dtype.itemsize
-            for _, parameter, group in self.named()
-            for shape, dtype in self.state_spec(parameter, group).values()
-        )
+        return sum(bytes_of(self.state_spec(parameter, group)) for _, parameter, group in self.named())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state bit for bit: torch's own method casts every tensor to the weight's dtype.

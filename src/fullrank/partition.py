@@ -34,7 +34,7 @@ class Partition:
         self._gathered: dict[Tensor, State] | None = None
 
     def include(self, sizes: Mapping[Tensor, int]) -> None:
-        """Give an owner to those of these parameters that have none, by numbers of state, in the same order everywhere.
+        """Give an owner to those of these parameters that have none, by bytes of state, in the same order everywhere.
 
         The largest go first, each to the process that has least.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,11 @@ StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 GUEST = "sparse_"
 """State under keys that start so is not an optimizer's own: SIFT keeps what belongs to a parameter there."""
+
+
+def bytes_of(spec: StateSpec) -> int:
+    """Bytes of all tensors of a state."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
 
 
 def paired(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:

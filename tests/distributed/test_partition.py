@@ -27,6 +27,7 @@ PLANS = {
     for method in ("fira", "galore", "apollo")
     for basis in ("svd", "power")
 }
+PLANS["partitioned-fira-8bit"] = Plan("fira", {"basis": "random", "partition_states": True, "state_dtype": "8bit"})
 
 
 def divide(place: Place, *, plan: Plan) -> dict[str, Any]:

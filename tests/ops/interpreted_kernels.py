@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fullrank import ApolloAdamW, FiraAdamW, GaLoreAdamW
 from fullrank.ops import adam, lowrank, subspace
-from fullrank.ops.kernels import fused, kernels
+from fullrank.ops.kernels import gpu, kernels
 from tests.problems import make_gradients, make_weight, relative_error
 
 DTYPES = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -35,10 +35,10 @@ def drawn(rows: int, columns: int, layout: str = "rows", dtype: torch.dtype = to
 
 
 def test_it_is_the_interpreter() -> None:
-    assert fused.is_interpreted()
-    assert fused.is_reachable(torch.ones(1))
+    assert gpu.is_interpreted()
+    assert gpu.is_reachable(torch.ones(1))
     with kernels(False):
-        assert not fused.is_reachable(torch.ones(1))
+        assert not gpu.is_reachable(torch.ones(1))
 
 
 @layouts
@@ -48,7 +48,7 @@ def test_project(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -
     """R and the squared norms of rows in one pass, in float32."""
     num_rows, num_columns, rank = shape
     grad, basis = drawn(num_rows, num_columns, layout, dtype), drawn(num_columns, rank, seed=1)
-    assert fused.takes_projection(grad, basis)
+    assert gpu.takes_projection(grad, basis)
     low, norms_sq = subspace.project_with_norms(grad, basis)
     assert norms_sq is not None
     assert low.dtype == norms_sq.dtype == torch.float32
@@ -68,7 +68,7 @@ def test_update(shape: tuple[int, int, int], dtype: torch.dtype, layout: str, re
     wanted = 0.9 * weight.double() - 0.1 * low.to(dtype).double() @ basis.to(dtype).double().t()
     if factor is not None:
         wanted -= 0.1 * factor.double() * grad.double()
-    assert fused.takes_update(weight, low, basis, None if rest is None else grad)
+    assert gpu.takes_update(weight, low, basis, None if rest is None else grad)
     lowrank.add_lifted_(weight, low, basis, scale=-0.1, keep=0.9, rest_MN=None if rest is None else grad, factor=factor)
     off = (weight.double() - wanted).abs()
     assert (off <= DTYPES[dtype] * wanted.abs() + 1e-6).all()
@@ -78,11 +78,11 @@ def test_update(shape: tuple[int, int, int], dtype: torch.dtype, layout: str, re
 def test_what_is_not_finite_is_not_lost(value: float) -> None:
     grad, weight = drawn(40, 24), drawn(40, 24, seed=1)
     grad[5, 3] = value
-    low, norms_sq = fused.project(grad, drawn(24, 4, seed=2))
+    low, norms_sq = gpu.project(grad, drawn(24, 4, seed=2))
     assert (~torch.isfinite(low).all(1)).nonzero().flatten().tolist() == [5]
     assert (~torch.isfinite(norms_sq)).nonzero()[:, 0].tolist() == [5]
     ones = torch.ones(40, 1)
-    fused.update_(weight, drawn(40, 4), drawn(24, 4), scale=1.0, keep=1.0, rest_MN=grad, factor=ones)
+    gpu.update_(weight, drawn(40, 4), drawn(24, 4), scale=1.0, keep=1.0, rest_MN=grad, factor=ones)
     assert (~torch.isfinite(weight)).nonzero().tolist() == [[5, 3]]
 
 
@@ -92,7 +92,7 @@ def test_direction(shape: tuple[int, int]) -> None:
     ours, theirs = ([torch.zeros(shape), torch.zeros(shape)] for _ in range(2))
     for number in range(3):
         low = drawn(*shape, seed=number)
-        assert fused.takes_direction(low, *ours)
+        assert gpu.takes_direction(low, *ours)
         found = adam.adam_direction_(ours[0], ours[1], low, betas=(0.9, 0.999), eps=1e-6)
         with kernels(False):
             wanted = adam.adam_direction_(theirs[0], theirs[1], low, betas=(0.9, 0.999), eps=1e-6)
@@ -106,7 +106,7 @@ def test_direction(shape: tuple[int, int]) -> None:
 def test_limiter(norm: float, previous: float, floor: float) -> None:
     """The same factor and memory as eager torch, on every line of the truth table."""
     memories = [torch.tensor(previous) for _ in range(2)]
-    assert fused.takes_limit(torch.tensor(norm), memories[0])
+    assert gpu.takes_limit(torch.tensor(norm), memories[0])
     found = lowrank.limit_growth_(torch.tensor(norm), memories[0], gamma=1.1, floor=floor)
     with kernels(False):
         wanted = lowrank.limit_growth_(torch.tensor(norm), memories[1], gamma=1.1, floor=floor)
@@ -133,10 +133,10 @@ def test_a_run_is_the_same_to_rounding(cls: type[torch.optim.Optimizer], shape: 
 
 def test_what_the_kernels_are_not_for() -> None:
     grad = drawn(40, 24)
-    assert not fused.takes_projection(grad.double(), drawn(24, 4))
-    assert not fused.takes_projection(drawn(40, 600), drawn(600, fused.LARGEST_RANK + 1))
-    assert not fused.takes_projection(drawn(0, 24), drawn(24, 4))
-    assert not fused.takes_update(grad, drawn(40, 4), drawn(24, 4), grad.bfloat16())
-    assert not fused.takes_direction(drawn(24, 40).t(), grad, grad)
-    assert not fused.takes_direction(drawn(0, 4), drawn(0, 4), drawn(0, 4))
-    assert not fused.takes_limit(torch.tensor(1.0).double(), torch.tensor(1.0))
+    assert not gpu.takes_projection(grad.double(), drawn(24, 4))
+    assert not gpu.takes_projection(drawn(40, 600), drawn(600, gpu.LARGEST_RANK + 1))
+    assert not gpu.takes_projection(drawn(0, 24), drawn(24, 4))
+    assert not gpu.takes_update(grad, drawn(40, 4), drawn(24, 4), grad.bfloat16())
+    assert not gpu.takes_direction(drawn(24, 40).t(), grad, grad)
+    assert not gpu.takes_direction(drawn(0, 4), drawn(0, 4), drawn(0, 4))
+    assert not gpu.takes_limit(torch.tensor(1.0).double(), torch.tensor(1.0))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fullrank.ops.kernels import fused
+from fullrank.ops.kernels import gpu
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 ROOT = Path(__file__).parents[2]
@@ -79,6 +79,6 @@ def test_they_compile_for_gpus(capability: int, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_other_tensors_are_left_to_torch(device: str) -> None:
-    if fused.is_interpreted():
+    if gpu.is_interpreted():
         pytest.skip("this process is the interpreter's")
-    assert not fused.is_reachable(torch.ones(1, device=device))
+    assert not gpu.is_reachable(torch.ones(1, device=device))

@@ -19,6 +19,7 @@ from fullrank.train import run
 from fullrank.train.fused import FusedSteps
 from fullrank.train.report import read_metrics
 from fullrank.train.resolve import resolve
+from fullrank.train.trace import ScalingTrace
 from tests.train.tiny import assert_same_run, recipe, trajectory, weights, write_text
 
 Make = Callable[..., dict[str, Any]]
@@ -171,5 +172,7 @@ def test_in_a_trainer_of_ones_own(tmp_path: Path) -> None:
     clipped = trained_by_a_trainer(tmp_path / "clipped", [FusedSteps()], max_grad_norm=1e-3, save_strategy="no")
     assert clipped.state.log_history[0]["grad_norm"] == pytest.approx(plain.state.log_history[0]["grad_norm"])
     assert not torch.equal(clipped.model.lm_head.weight, fused.model.lm_head.weight)
+    with pytest.raises(UnsupportedError, match="FusedBackward has freed them by then"):
+        trained_by_a_trainer(tmp_path / "traced", [FusedSteps(), ScalingTrace(every=2)], max_grad_norm=0.0)
     with pytest.raises(UnsupportedError, match="all micro-batches together"):
         trained_by_a_trainer(tmp_path / "more", [FusedSteps()], gradient_accumulation_steps=2)

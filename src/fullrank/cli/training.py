@@ -27,6 +27,8 @@ With no arguments: the quickstart recipe, a small LLaMA with Fira on the text of
   --trainer.FIELD VALUE any field of transformers.TrainingArguments (max_steps, save_steps, report_to, ...), and
                         trainer.total_batch_size: sequences per optimizer step over all devices, from which
                         the accumulation is derived
+  --trainer.fused_backward true
+                        step each parameter as its gradient arrives, and free the gradient
 {parallel}
 """
 
@@ -46,6 +48,8 @@ Trains a causal language model on instructions, prompts, conversations or text, 
   --trainer.FIELD VALUE any field of transformers.TrainingArguments (num_train_epochs, eval_strategy, bf16, ...), and
                         trainer.total_batch_size: examples per optimizer step over all devices, from which the
                         accumulation is derived
+  --trainer.fused_backward true
+                        step each parameter as its gradient arrives, and free the gradient
 {parallel}
 """
 

@@ -1,5 +1,5 @@
 """Update during backward: each parameter is stepped as its gradient arrives, and the gradient freed."""
 
-from fullrank.fused.backward import FusedBackward
+from fullrank.fused.backward import FusedBackward, fused_on
 
-__all__ = ["FusedBackward"]
+__all__ = ["FusedBackward", "fused_on"]

@@ -302,7 +302,7 @@ def _refuse(optimizer: Any, model: nn.Module | None) -> None:
     """Raise for what is no optimizer or model to work with."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"FusedBackward needs a torch optimizer, got {type(optimizer).__name__}.")
-    if any(isinstance(getattr(hook, "__self__", None), FusedBackward) for hook in _step_hooks(optimizer)):
+    if fused_on(optimizer) is not None:
         raise ConfigError(
             f"this {type(optimizer).__name__} has a FusedBackward already. Go on with that one, or call its detach()."
         )
@@ -313,5 +313,7 @@ def _refuse(optimizer: Any, model: nn.Module | None) -> None:
         )
 
 
-def _step_hooks(optimizer: Any) -> list[Any]:
-    return list(optimizer._optimizer_step_pre_hooks.values())
+def fused_on(optimizer: torch.optim.Optimizer) -> FusedBackward | None:
+    """The FusedBackward of an optimizer, if it has one."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, FusedBackward)), None)

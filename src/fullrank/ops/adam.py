@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fullrank.ops.kernels import fused
+from fullrank.ops.kernels import gpu
 
 LATE = float(1 << 40)
 """A step so late that Adam's bias corrections are 1; a power of two, so that float32 holds it."""
@@ -34,8 +34,8 @@ def adam_direction_(
     In one pass where that can be: on CUDA by our kernel, else by torch's fused one, as a step of -1 from zero, so late
     that its bias corrections are 1.
     """
-    if fused.takes_direction(grad, exp_avg, exp_avg_sq):
-        return fused.direction_(exp_avg, exp_avg_sq, grad, betas=betas, eps=eps)
+    if gpu.takes_direction(grad, exp_avg, exp_avg_sq):
+        return gpu.direction_(exp_avg, exp_avg_sq, grad, betas=betas, eps=eps)
     if _same_layout(grad, exp_avg, exp_avg_sq):
         direction = torch.zeros_like(grad)
         torch._fused_adamw_(  # without torch.optim's sorting by device and dtype: there is one tensor
@@ -157,19 +157,21 @@ def torch_adamw_(
     take, tensors of several dtypes or layouts, its loop does.
     """
     fits = list(map(_same_layout, weights, grads, exp_avgs, exp_avg_sqs))
-    for fused in {*fits}:
-        chosen = [number for number, fit in enumerate(fits) if fit == fused]
+    for is_fused in {*fits}:
+        chosen = [number for number, fit in enumerate(fits) if fit == is_fused]
         counts = [
-            torch.full((), steps[i] - 1.0, device=weights[i].device if fused else "cpu")  # the kernel counts first
+            torch.full((), steps[i] - 1.0, device=weights[i].device if is_fused else "cpu")  # the kernel counts first
             for i in chosen
         ]
-        lists = [[tensors[i] for i in chosen] for tensors in (weights, grads, exp_avgs, exp_avg_sqs)]
         adamw(
-            *lists,
+            [weights[i] for i in chosen],
+            [grads[i] for i in chosen],
+            [exp_avgs[i] for i in chosen],
+            [exp_avg_sqs[i] for i in chosen],
             [],
             counts,
             foreach=False,
-            fused=fused,
+            fused=is_fused,
             lr=lr,
             beta1=betas[0],
             beta2=betas[1],

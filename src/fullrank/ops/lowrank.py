@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from fullrank.ops.kernels import fused, onednn
+from fullrank.ops.kernels import gpu, onednn
 
 BLOCK = 128
 """Rows of a transposed matrix squared at a time for its norms on a CPU."""
@@ -74,8 +74,8 @@ def add_lifted_(
     """
     if basis_left_Mr is not None:
         low = basis_left_Mr.to(low.dtype) @ low
-    if fused.takes_update(weight_MN, low, basis_Nr, rest_MN):
-        fused.update_(weight_MN, low, basis_Nr, scale=scale, keep=keep, rest_MN=rest_MN, factor=factor)
+    if gpu.takes_update(weight_MN, low, basis_Nr, rest_MN):
+        gpu.update_(weight_MN, low, basis_Nr, scale=scale, keep=keep, rest_MN=rest_MN, factor=factor)
         return
     dtype = weight_MN.dtype
     low, basis_Nr = low.to(dtype), basis_Nr.to(dtype)
@@ -100,8 +100,8 @@ def limit_growth_(norm: Tensor, previous: Tensor, *, gamma: float, floor: float)
     gamma / max(norm / (previous + 1e-8), gamma). All are 0-d tensors: nothing waits for the device.
     Without a floor a first norm near zero would allow growth from there by 1% a step for ever.
     """
-    if fused.takes_limit(norm, previous):
-        return fused.limit_growth_(norm, previous, gamma=gamma, floor=floor)
+    if gpu.takes_limit(norm, previous):
+        return gpu.limit_growth_(norm, previous, gamma=gamma, floor=floor)
     if norm.device.type == "cpu":
         return _limit_growth_by_numbers_(norm, previous, gamma=gamma, floor=floor)
     # A norm whose squares overflowed: the update is dropped, and the memory stays.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fullrank.ops.kernels import fused, onednn
+from fullrank.ops.kernels import gpu, onednn
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 """GaLore's names for the projected side: short, long, columns, rows, both."""
@@ -127,8 +127,8 @@ def project(grad_MN: Tensor, basis_Nr: Tensor, basis_left_Mr: Tensor | None = No
 
 def project_with_norms(grad_MN: Tensor, basis_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
     """R = G Q (M x r), and the squared norms of the rows of G (M x 1) where a kernel finds both in one pass."""
-    if fused.takes_projection(grad_MN, basis_Nr):
-        return fused.project(grad_MN, basis_Nr)
+    if gpu.takes_projection(grad_MN, basis_Nr):
+        return gpu.project(grad_MN, basis_Nr)
     return project(grad_MN, basis_Nr), None
 
 

@@ -16,13 +16,15 @@ NODE = 8
 NOTABLE = 0.005
 """Share of the peak that a change has to save to be worth a word."""
 LARGEST_BATCH = 1 << 16
+LEAST_RANK, LEAST_DENSITY = 8, 0.001
+"""Below which no smaller one is suggested."""
 DENSITY_STEPS = 10_000
 """Densities are looked for in ten-thousandths."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs in one thing."""
+    """One thing to change about a setting."""
 
     what: str
     how: str
@@ -30,21 +32,21 @@ class Change:
     cost: str
     """What it costs: time, quality, hardware."""
     harm: int
-    """Rank among changes: 1 costs time alone and leaves the numbers as they are, 2 and 3 touch quality, 4 hardware."""
-    setting: Setting
+    """Rank among changes: 1 costs time and leaves the numbers as they are, 2 and 3 touch quality, 4 is hardware."""
+    apply: Callable[[Setting], Setting]
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change, alone and after those that were taken before it."""
+    """A change, and what it does alone and on top of those before it."""
 
     change: Change
     saves: int
     """Bytes of the peak, alone."""
-    peak: int
-    """With it alone (bytes)."""
     together: int
-    """With it and all that come before it (bytes)."""
+    """The peak with it and all that come before it (bytes)."""
+    setting: Setting
+    """With all of these."""
 
 
 @dataclass(frozen=True)
@@ -58,37 +60,51 @@ class Largest:
 
 
 def suggestions(planner: Planner, setting: Setting, usable: int) -> list[Suggestion]:
-    """Changes that save memory, least harm first, until what they come to together fits.
+    """Changes that make a setting fit, least harm first; none of them can be left out.
 
-    Each is taken on top of those before it; one that saves nothing there is left out.
+    Changes are added by rank until what they come to together fits: some save nothing alone, but only where another
+    peak has been taken away. Then each that is not needed is dropped again, the most harmful first. If all of them
+    together are not enough, those that save something are left.
     """
-    start = now = planner.usage(setting).peak
-    taken, found = setting, list[Suggestion]()
-    done: set[str] = set()
-    while now > usable:
-        options = [change for change in changes(taken) if change.what not in done]
-        step = _first_that_saves(planner, options, now, done)
-        if step is None:
-            break
-        change, now = step
-        done.add(change.what)
-        alone = next((one for one in changes(setting) if one.what == change.what), change)
-        peak = _peak(planner, alone.setting) or now
-        found.append(Suggestion(replace(change, setting=alone.setting), start - peak, peak, now))
-        taken = change.setting
+    taken = _added(planner, setting, usable)
+    for change in sorted(taken, key=lambda one: -one.harm):
+        others = [one for one in taken if one is not change]
+        with_it, without = _together(planner, setting, taken), _together(planner, setting, others)
+        if without is not None and with_it is not None and without <= max(usable, with_it * (1 + NOTABLE)):
+            taken = others
+    start, found = planner.usage(setting).peak, list[Suggestion]()
+    for number, change in enumerate(taken, 1):
+        alone = _together(planner, setting, [change]) or start
+        together = _together(planner, setting, taken[:number]) or start
+        found.append(Suggestion(change, start - alone, together, _applied(setting, taken[:number])))
     return found
 
 
-def _first_that_saves(
-    planner: Planner, options: list[Change], now: int, done: set[str]
-) -> tuple[Change, int] | None:
-    """The first change of the least harm that saves something, and the peak with it."""
-    for change in sorted(options, key=lambda one: one.harm):
-        peak = _peak(planner, change.setting)
-        if peak is not None and now - peak > NOTABLE * now:
-            return change, peak
-        done.add(change.what)
-    return None
+def _added(planner: Planner, setting: Setting, usable: int) -> list[Change]:
+    """Changes one upon the other, least harm first, until they fit or there are no more."""
+    taken: list[Change] = []
+    tried: set[str] = set()
+    now = setting
+    while (peak := _peak(planner, now)) is not None and peak > usable:
+        change = min((one for one in changes(now) if one.what not in tried), key=lambda one: one.harm, default=None)
+        if change is None:
+            break
+        tried.add(change.what)
+        if _peak(planner, change.apply(now)) is not None:  # else this method does not take it
+            taken.append(change)
+            now = change.apply(now)
+    return taken
+
+
+def _applied(setting: Setting, taken: list[Change]) -> Setting:
+    """The setting with all of these."""
+    for change in taken:
+        setting = change.apply(setting)
+    return setting
+
+
+def _together(planner: Planner, setting: Setting, taken: list[Change]) -> int | None:
+    return _peak(planner, _applied(setting, taken))
 
 
 def _peak(planner: Planner, setting: Setting) -> int | None:
@@ -99,47 +115,55 @@ def _peak(planner: Planner, setting: Setting) -> int | None:
 
 
 def changes(setting: Setting) -> Iterator[Change]:
-    """What could be changed about a setting, each by itself, least harm first."""
-    work, batch = setting.work, setting.batch_size
+    """What could be changed about a setting, one thing at a time."""
+    yield from _of_time(setting)
+    yield from _of_states(setting)
+    yield from _of_quality(setting)
+    if setting.spread.shards < NODE:
+        yield Change(
+            f"fsdp2 over {NODE} GPUs",
+            f"torchrun --nproc_per_node {NODE} ... --trainer.strategy fsdp2",
+            f"hardware: {NODE} GPUs in place of {setting.spread.gpus}",
+            4,
+            lambda one: replace(one, spread=Spread(NODE, "fsdp2")),
+        )
+
+
+def _of_time(setting: Setting) -> Iterator[Change]:
+    """What leaves the numbers as they are, but for the clipping of gradients."""
+    work, half = setting.work, setting.batch_size // 2
     if not work.checkpointing:
         yield Change(
             "gradient checkpointing",
             "--trainer.gradient_checkpointing true",
             "time: one more forward pass, about a third of a step",
             1,
-            replace(setting, work=replace(work, checkpointing=True)),
+            lambda one: replace(one, work=replace(one.work, checkpointing=True)),
         )
-    if not work.fused_backward and not work.accumulates and work.method != "sift":
+    if half:
+        yield Change(
+            f"batches of {half}, accumulated",
+            f"--trainer.per_device_train_batch_size {half} and the same --trainer.total_batch_size",
+            "time: smaller products",
+            1,
+            lambda one: replace(one, batch_size=half, work=replace(one.work, accumulates=True)),
+        )
+    if not work.fused_backward and work.method != "sift":
         yield Change(
             "update during backward",
             "--trainer.fused_backward true",
-            "the gradient is clipped by parameter, not as a whole",
+            "gradients are clipped by parameter and not as a whole",
             1,
-            replace(setting, work=replace(work, fused_backward=True)),
+            lambda one: replace(one, work=replace(one.work, fused_backward=True)),
         )
-    if batch > 1:
-        yield Change(
-            f"batches of {batch // 2}, accumulated",
-            f"--trainer.per_device_train_batch_size {batch // 2} --trainer.total_batch_size as before",
-            "time: smaller products",
-            1,
-            replace(setting, batch_size=batch // 2, work=replace(work, accumulates=not work.fused_backward)),
-        )
-    yield from _of_states(setting)
-    yield from _of_quality(setting)
-    yield from _of_hardware(setting)
-
-
-def _of_states(setting: Setting) -> Iterator[Change]:
-    """Spread or smaller optimizer states."""
-    options, over = setting.work.options, setting.spread
-    if over.gpus > 1 and over.strategy == "ddp" and getattr(options, "partition_states", None) is False:
+    over = setting.spread
+    if over.gpus > 1 and over.strategy == "ddp" and getattr(work.options, "partition_states", None) is False:
         yield Change(
             "partitioned states",
             "--method.partition_states true",
             "time: weights are sent after a step",
             1,
-            setting.using(partition_states=True),
+            lambda one: one.using(partition_states=True),
         )
     if over.gpus > 1 and over.strategy == "ddp":
         yield Change(
@@ -147,32 +171,34 @@ def _of_states(setting: Setting) -> Iterator[Change]:
             "--trainer.strategy fsdp2",
             "time: weights are gathered in every pass",
             1,
-            replace(setting, spread=Spread(over.gpus, "fsdp2")),
+            lambda one: replace(one, spread=Spread(over.gpus, "fsdp2")),
         )
-    known = _choices(options, "state_dtype")
-    if "8bit" in known and options.state_dtype != "8bit":
+
+
+def _of_states(setting: Setting) -> Iterator[Change]:
+    """Smaller states and weights for the same training."""
+    work, options = setting.work, setting.work.options
+    if "8bit" in _choices(options, "state_dtype") and options.state_dtype != "8bit":
         yield Change(
             "8-bit states",
             "--method.state_dtype 8bit",
-            "quality: moments are rounded to 256 values a block",
+            "quality: moments are rounded to one of 256 values",
             2,
-            setting.using(state_dtype="8bit"),
+            lambda one: one.using(state_dtype="8bit"),
+        )
+    if work.quantization is None and work.method in ("lora", "relora") and not options.warm_start_steps:
+        yield Change(
+            "an 8-bit base",
+            "--model.quantization int8",
+            "quality: frozen weights are rounded",
+            2,
+            lambda one: replace(one, work=replace(one.work, quantization="int8")),
         )
 
 
 def _of_quality(setting: Setting) -> Iterator[Change]:
     """What changes what is learned."""
-    work, options = setting.work, setting.work.options
-    if hasattr(setting.network.model, "quantization") and work.quantization is None:
-        request = METHODS[work.method].adapters
-        if work.method in ("lora", "relora") and request is not None and not options.warm_start_steps:
-            yield Change(
-                "an 8-bit base",
-                "--model.quantization int8",
-                "quality: the frozen weights are rounded",
-                2,
-                replace(setting, work=replace(work, quantization="int8")),
-            )
+    options = setting.work.options
     if setting.network.model.dtype == "float32":
         network = replace(setting.network, model=replace(setting.network.model, dtype="bfloat16"))
         yield Change(
@@ -180,85 +206,81 @@ def _of_quality(setting: Setting) -> Iterator[Change]:
             "--model.dtype bfloat16",
             "quality: small steps are lost to rounding",
             3,
-            replace(setting, network=network, work=replace(work, autocast=False)),
+            lambda one: replace(one, network=network, work=replace(one.work, autocast=False)),
         )
     rank = getattr(options, "rank", None)
-    if isinstance(rank, int) and rank > 1:
+    if isinstance(rank, int) and rank >= 2 * LEAST_RANK:
         yield Change(
             f"rank {rank // 2}",
             f"--method.rank {rank // 2}",
             "quality: a smaller subspace",
             3,
-            setting.using(rank=rank // 2),
+            lambda one: one.using(rank=rank // 2),
         )
-    if (density := getattr(options, "density", None)) is not None:
+    density = getattr(options, "density", None)
+    if density is not None and density >= 2 * LEAST_DENSITY:
         yield Change(
             f"density {density / 2:g}",
             f"--method.density {density / 2:g}",
             "quality: fewer entries train",
             3,
-            setting.using(density=density / 2),
-        )
-
-
-def _of_hardware(setting: Setting) -> Iterator[Change]:
-    """More GPUs."""
-    if setting.spread.shards < NODE:
-        yield Change(
-            f"fsdp2 over {NODE} GPUs",
-            f"torchrun --nproc_per_node {NODE} ... --trainer.strategy fsdp2",
-            f"hardware: {NODE} GPUs in place of {setting.spread.gpus}",
-            4,
-            replace(setting, spread=Spread(NODE, "fsdp2")),
+            lambda one: one.using(density=density / 2),
         )
 
 
 def largest(planner: Planner, setting: Setting, usable: int) -> list[Largest]:
-    """The largest batch, and the largest rank or density, at which a setting fits."""
-    found = []
-
-    def fits(changed: Setting) -> int | None:
-        return _peak(planner, changed)
-
-    batch = _search(lambda value: fits(replace(setting, batch_size=value)), usable, LARGEST_BATCH)
-    found.append(Largest("batch", batch, batch == LARGEST_BATCH))
+    """The largest batch, and the largest rank or density, at which a setting fits, all else as it is."""
     options = setting.work.options
-    if isinstance(getattr(options, "rank", None), int):
-        bound = _largest_rank(setting)
-        rank = _search(lambda value: fits(setting.using(rank=value)), usable, bound)
-        found.append(Largest("rank", rank, rank == bound))
-    if getattr(options, "density", None) is not None:
-        steps = _search(lambda value: fits(setting.using(density=value / DENSITY_STEPS)), usable, DENSITY_STEPS)
-        found.append(Largest("density", None if steps is None else steps / DENSITY_STEPS, steps == DENSITY_STEPS))
+    limits: list[tuple[str, int, int, Callable[[int], Setting]]] = [
+        ("batch", LARGEST_BATCH, setting.batch_size, lambda value: replace(setting, batch_size=value))
+    ]
+    if isinstance(rank := getattr(options, "rank", None), int):
+        limits.append(("rank", _largest_rank(setting), rank, lambda value: setting.using(rank=value)))
+    if (density := getattr(options, "density", None)) is not None:
+        now = max(1, round(density * DENSITY_STEPS))
+        limits.append(("density", DENSITY_STEPS, now, lambda value: setting.using(density=value / DENSITY_STEPS)))
+    found = []
+    for name, bound, now, changed in limits:
+        value = _search(lambda number, changed=changed: _peak(planner, changed(number)), usable, bound, now)
+        scaled = value if value is None or name != "density" else value / DENSITY_STEPS
+        found.append(Largest(name, scaled, value == bound))
     return found
 
 
-def _search(need: Callable[[int], int | None], usable: int, bound: int) -> int | None:
+def _search(need: Callable[[int], int | None], usable: int, bound: int, start: int) -> int | None:
     """The largest whole number from 1 to a bound whose need is within what is usable; None: not even 1.
 
-    The need rises with the number, nearly along a line, so the next guess is where that line meets what is usable.
+    The need rises with the number, nearly along a line: the next guess is where the line through two numbers meets
+    what is usable, and the number that follows it settles whether it was right.
     """
-    low, high = 1, bound
-    at_low, at_high = need(low), need(high)
-    if at_low is None or at_low > usable:
-        return None
-    if at_high is not None and at_high <= usable:
-        return high
+    known: dict[int, int] = {}
+
+    def fits(number: int) -> bool:
+        if number not in known:
+            found = need(number)
+            known[number] = usable + 1 if found is None else found
+        return known[number] <= usable
+
+    low, high, guess = 0, bound + 1, min(start, bound)
     while high - low > 1:
+        low, high = (guess, high) if fits(guess) else (low, guess)
+        if low == guess and high - low > 1 and not fits(low + 1):
+            high = low + 1
+        elif low == guess and high - low > 1:
+            low += 1
+        guess = _guess(known, usable, low, high)
+    return low or None
+
+
+def _guess(known: dict[int, int], usable: int, low: int, high: int) -> int:
+    """Where a line through the two numbers that are nearest to what is usable would meet it, within the bounds."""
+    near = sorted(known, key=lambda number: abs(known[number] - usable))[:2]
+    if len(near) == 2 and known[near[0]] != known[near[1]]:
+        slope = (known[near[0]] - known[near[1]]) / (near[0] - near[1])
+        guess = near[0] + int((usable - known[near[0]]) // slope) if slope > 0 else (low + high) // 2
+    else:
         guess = (low + high) // 2
-        if at_high is not None and at_high > at_low:
-            guess = low + (usable - at_low) * (high - low) // (at_high - at_low)
-        guess = min(max(guess, low + 1), high - 1)
-        found = need(guess)
-        if found is not None and found <= usable:
-            low, at_low = guess, found
-            # where the line was right, the next number settles it
-            following = need(low + 1) if high - low > 1 else None
-            if following is not None and following > usable:
-                return low
-        else:
-            high, at_high = guess, found
-    return low
+    return min(max(guess, low + 1), high - 1)
 
 
 def _largest_rank(setting: Setting) -> int:

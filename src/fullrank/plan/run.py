@@ -32,7 +32,7 @@ class Row:
     suggestions: list[Suggestion]
     """What to change where it does not fit."""
     largest: list[Largest]
-    """How large batch, rank or density may be; empty without a GPU."""
+    """How large batch, rank or density may be, with all that is suggested; empty where it does not fit so either."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,13 @@ def plan(options: PlanOptions, overrides: Mapping[str, Any] | None = None) -> Pl
     for name, setting in settings_of(options, overrides).items():
         usage = planner.usage(setting)
         is_wanted = options.json is not None or options.figure is not None
-        fits = budget is None or usage.peak <= budget.usable
-        rows[name] = Row(
-            setting,
-            usage,
-            variants(planner, setting) if is_wanted else {},
-            [] if budget is None or fits else suggestions(planner, setting, budget.usable),
-            [] if budget is None else largest(planner, setting, budget.usable),
-        )
+        advice, limits = list[Suggestion](), list[Largest]()
+        if budget is not None and usage.peak > budget.usable:
+            advice = suggestions(planner, setting, budget.usable)
+        fitting = advice[-1].setting if advice else setting
+        if budget is not None and planner.usage(fitting).peak <= budget.usable:
+            limits = largest(planner, fitting, budget.usable)
+        rows[name] = Row(setting, usage, variants(planner, setting) if is_wanted else {}, advice, limits)
     found = Plan(rows, budget)
     if options.json is not None:
         write_whole(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
@@ -132,7 +131,6 @@ def _row(row: Row, budget: Budget | None) -> dict[str, Any]:
                 "cost": one.change.cost,
                 "harm": one.change.harm,
                 "saves": one.saves,
-                "peak": one.peak,
                 "together": one.together,
             }
             for one in row.suggestions

@@ -15,12 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built
+from fullrank.optimizer import MethodOptimizer
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import FIRST, INNER, STEADY, STEP, as_moments, on_device
 from fullrank.plan.tracker import GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
 from fullrank.sparse import training
 from fullrank.train.sharded import blocks_of
+
+
+BESIDE = ("train_embeddings", "train_norms", "train_head", "warm_start_steps")
+"""Options that say what trains beside LoRA's factors."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,10 @@ class Work:
         """What sets its passes apart; methods that train the same weights in the same way have the same ones."""
         request = METHODS[self.method].adapters
         factors = None if request is None else request(self.options)
-        own = self.method if self.steps_in_backward or factors is not None else "dense"
-        options = self.options if own != "dense" else None
+        beside = {name: getattr(self.options, name, None) for name in BESIDE}
+        own = (self.method, self.options) if self.steps_in_backward else (factors, None if factors is None else beside)
         rest = (self.sequence_length, self.checkpointing, self.fused_backward, self.autocast, self.accumulates)
-        return repr((own, options, *rest, self.padded))
+        return repr((*own, *rest, self.padded))
 
 
 def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: int) -> dict[Region, NDArray[np.int64]]:
@@ -70,10 +76,10 @@ def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: i
     with quietly(), stand_in() as tracker:
         built = _at_work(model, network, work, tracker)
         _mark_layers(model, tracker)
-        # SIFT chooses in the first pass, and a fused step makes its states there
-        passes = (FIRST, STEADY) if work.steps_in_backward else (STEADY,)
+        passes = (FIRST, STEADY) if work.method == "sift" else (STEADY,)  # SIFT chooses in the first one
         for name in passes:
-            for _ in range(2 if work.accumulates else 1):
+            for is_last in (False, True) if work.accumulates else (True,):
+                tracker.is_accumulating = not is_last
                 _pass(model, work, tracker, network, batch_size=batch_size, name=name)
             tracker.see(_gradients(built), GRADIENTS)
             tracker.enter(name, "backward", "end")
@@ -97,10 +103,8 @@ def trace_step(network: Network, work: Work, *, num_layers: int) -> int:
         model = _model(network, work, num_layers=num_layers)
     with quietly(), stand_in() as tracker:
         built = _at_work(model, network, work, tracker)
-        for group in built.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    parameter.grad = torch.empty_like(parameter)
+        for parameter in _trained(built):
+            parameter.grad = torch.empty_like(parameter)
         tracker.see(_gradients(built), GRADIENTS)
         before = sum(tracker.now[:HOST])
         tracker.enter(STEP)
@@ -117,7 +121,8 @@ def _model(network: Network, work: Work, *, num_layers: int) -> PreTrainedModel:
     model = network.build(None if num_layers == network.num_layers else num_layers)
     request = METHODS[work.method].adapters
     if request is not None and (wanted := request(work.options)) is not None:
-        add_factors(model, wanted)
+        with torch.device("meta"):
+            add_factors(model, wanted)
     if work.checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -138,10 +143,26 @@ def _at_work(model: PreTrainedModel, network: Network, work: Work, tracker: Trac
         built.at_step(0)
     _hear_gradients(model, tracker, heard)
     if work.fused_backward:
-        from fullrank.fused import FusedBackward
-
-        FusedBackward(built.optimizer, model=model)
+        _step_in_backward(model, built, work, tracker)
     return built
+
+
+def _step_in_backward(model: PreTrainedModel, built: Built, work: Work, tracker: Tracker) -> None:
+    """Let the backward pass step what it has a gradient of, as from the second step of a run on: states are there."""
+    optimizer = built.optimizer
+    if isinstance(optimizer, MethodOptimizer):
+        optimizer.init_states()
+    elif work.method != "sift":
+        for parameter in _trained(built):
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    _know_states(built, tracker)
+    FusedBackward(optimizer, model=model, is_accumulating=lambda: tracker.is_accumulating)
+
+
+def _trained(built: Built) -> Iterator[Tensor]:
+    return (p for group in built.optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 
 def _give_storage(model: nn.Module) -> None:

@@ -109,10 +109,12 @@ def _advice(rows: Mapping[str, Row], budget: Budget) -> Iterator[str]:
             yield from _wrapped(_said(suggestion, budget), f"  {number}. ")
         if not row.suggestions or row.suggestions[-1].together > budget.usable:
             yield from _wrapped("no change that is known here makes it fit", "  - ")
-    yield ""
-    yield "The largest that fit, all else as asked:"
+    if any(row.largest for row in rows.values()):
+        yield ""
+        yield "The largest that fit, one at a time, with the changes above where there are any:"
     for name, row in rows.items():
-        yield f"  {name}: {', '.join(map(_largest, row.largest))}"
+        if row.largest:
+            yield f"  {name}: {', '.join(map(_largest, row.largest))}"
 
 
 def _said(suggestion: Suggestion, budget: Budget) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fullrank.errors import first_line
+from fullrank.errors import ConfigError, UnsupportedError, first_line
 
 try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -72,6 +72,8 @@ class Tracker(TorchDispatchMode):
         """Region -> the bytes at each of its moments, in their order."""
         self.region: Region | None = None
         """Where the step is."""
+        self.is_accumulating = False
+        """Whether the pass under way is one before the last of a step."""
         self._known: dict[int, tuple[int, int]] = {}
         self._ends: dict[int, Any] = {}
 
@@ -163,6 +165,8 @@ def stand_in() -> Iterator[Tracker]:
     with _seen_as_real(), FakeTensorMode(allow_fallback_kernels=False), tracker:
         try:
             yield tracker
+        except (ConfigError, UnsupportedError):
+            raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
             raise Untraceable(f"{type(error).__name__}: {first_line(error)}") from error
 

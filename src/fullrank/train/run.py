@@ -175,11 +175,13 @@ def placed(config: RunConfig) -> RunConfig:
 
 def warn_of_rounding(optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
     """Say that steps of a small rate are lost on bfloat16 weights, whose neighbours lie 0.4% apart."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nearest = [group for group in optimizer.param_groups if group.get("weight_rounding") != "stochastic"]
+    parameters = [parameter for group in nearest for parameter in group["params"]]
     if config.method.lr <= SMALL_RATE and any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         logger.warning(
             "the weights that train are bfloat16: at method.lr %g most of their steps are lost to rounding. Set "
-            "model.dtype float32 and trainer.bf16 true, or train factors or entries (lora, sift)",
+            "method.weight_rounding stochastic, or model.dtype float32 and trainer.bf16 true, or train factors or "
+            "entries (lora, sift)",
             config.method.lr,
         )
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.fused import fused_on
 from fullrank.scaling import (
     TARGETS,
     Factors,
@@ -47,7 +48,8 @@ class ScalingTrace(TrainerCallback):
     Raises:
         ConfigError: If a number is out of bounds; when training begins, if there is no such matrix, or the folder
             holds another trace.
-        UnsupportedError: At the first step, if the optimizer does not keep Adam's moments, or keeps AMSGrad's.
+        UnsupportedError: At the first step, if the optimizer does not keep Adam's moments, or keeps AMSGrad's, or its
+            gradients are gone by then (``FusedBackward``).
     """
 
     def __init__(
@@ -112,7 +114,13 @@ class ScalingTrace(TrainerCallback):
             if due:
                 append(self._place, {"step": step, "skipped": True})
             return
-        found = self._measure(_unwrapped(wrapped))
+        optimizer = _unwrapped(wrapped)
+        if fused_on(optimizer) is not None:
+            raise UnsupportedError(
+                "a trace of scaling factors reads gradients after the step, and FusedBackward has freed them by then. "
+                "Train without trainer.fused_backward (or FusedBackward), or without the trace."
+            )
+        found = self._measure(optimizer)
         self._checked = True  # an optimizer without moments is refused at once, not at the first traced step
         if due:
             append(self._place, {"step": step} | self._row(found))

@@ -4,7 +4,7 @@ Chosen by themselves where machine, shape and dtype fit; plain torch does the wo
 to rounding, not to the bit, and are the same from run to run on one machine.
 
     onednn   a CPU of AMD with AVX-512, float32: torch's products there run at half of what the machine can do
-    fused    CUDA, where ``triton`` is installed (it comes with torch): fewer passes and fewer launches
+    gpu      CUDA, where ``triton`` is installed (it comes with torch): fewer passes and fewer launches
 
 ``FULLRANK_KERNELS=0`` in the environment turns them off, ``kernels(False)`` for a part of a program.
 """

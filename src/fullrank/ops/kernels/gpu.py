@@ -57,7 +57,7 @@ def takes_projection(grad_MN: Tensor, basis_Nr: Tensor) -> bool:
     """Whether ``project`` is for these: few ranks, many rows, half precision."""
     return (
         basis_Nr.shape[1] <= LARGEST_RANK
-        and 0 < grad_MN.numel()
+        and grad_MN.numel() > 0
         and (grad_MN.shape[0] >= FEWEST_ROWS or is_interpreted())
         and _is_good_at(grad_MN.dtype)
         and is_reachable(grad_MN, basis_Nr)
@@ -88,7 +88,7 @@ def takes_update(weight_MN: Tensor, low_Mr: Tensor, basis_Nr: Tensor, rest_MN: T
     rest = weight_MN if rest_MN is None else rest_MN
     return (
         _is_good_at(weight_MN.dtype)
-        and 0 < weight_MN.numel()
+        and weight_MN.numel() > 0
         and rest.dtype == weight_MN.dtype
         and is_reachable(weight_MN, low_Mr, basis_Nr, rest)
     )
@@ -123,6 +123,7 @@ def update_(
             *rest.stride(), int(factors.shape[0] > 1), keep, scale, HAS_REST=has_rest,
             BLOCK_M=block, BLOCK_N=block, BLOCK_R=32, **_product_options(dtype), num_warps=8, num_stages=3,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(weight_MN)  # as any in-place function of torch does
 
 
 def takes_direction(low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
