@@ -1,7 +1,7 @@
 """The papers' memory columns, and ours for the same shapes: by the plan, without weights.
 
 Where a paper counts states only, or weights and states, so do we. ``ours`` is with our defaults, ``as_published`` with
-what the paper's numbers can be told to rest on: moments in bfloat16 (float32 for SIFT), attention that keeps its scores.
+what the paper's numbers seem to rest on: moments in bfloat16 (float32 for SIFT), attention that keeps its scores.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def published() -> list[Published]:
             ("2412.05270", APOLLO, "weights, states"),
         ):
             for method, column in table.items():
-                found += [_of_size(paper, size, method, counts, value) for size, value in zip(SIZES, column, strict=True)]
+                found += [
+                    _of_size(paper, size, method, counts, value) for size, value in zip(SIZES, column, strict=True)
+                ]
         found.append(_apollo_7b())
         return [*found, *_sift()]
 
@@ -144,4 +146,4 @@ def _sift() -> list[Published]:
 def _part(usage: Any, part: str) -> int:
     if part == "states":
         return int(usage.states - usage.states_on_host)
-    return int(getattr(usage, part.partition(",")[0]))
+    return int(usage.kept if "activations" in part else getattr(usage, part))

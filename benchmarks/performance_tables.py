@@ -91,6 +91,8 @@ def targets() -> str:
         for target in report.get("targets", ()):
             reached = "yes" if target["reached"] else "no"
             rows.append([target["of"], device, target["target"], target["wanted"], f"{target['found']:.2f}", reached])
+    if not rows:
+        return "The committed results are older than the targets."
     return table(["of", "on", "target", "wanted", "found", "reached"], rows)
 
 

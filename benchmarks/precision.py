@@ -31,8 +31,13 @@ MOMENTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Moments of each method by name: of low-rank ones, and of plain ones if they differ."""
 METHODS = {"fira": (5e-3, FIRA), "full": (1.5e-3, FULL)}
-REPEATED = ("fira",)
-"""Methods that are trained with every seed; the others with the first."""
+REPEATED = (
+    "fira, float32, moments float32, nearest",
+    "fira, bfloat16, moments float32, nearest",
+    "fira, bfloat16, moments float32, stochastic",
+    "fira, bfloat16, moments 8bit, stochastic",
+)
+"""Variants that are trained with every seed, because a choice rests on them; the others with the first."""
 FOLLOWED = 10_000
 """Steps for which a second moment follows."""
 
@@ -111,11 +116,16 @@ def summarise(variant: Variant, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def page_tables(report: dict[str, Any]) -> list[str]:
     """The lines of the two tables of docs/precision.md."""
-    lines = ["| method | weights | moments | rounding | perplexity | seeds | state |", "|" + " --- |" * 7]
+    seeds = [f"seed {seed}" for seed in report["seeds"]]
+    lines = [
+        f"| method | weights | moments | rounding | {' | '.join(seeds)} | state |",
+        "|" + " --- |" * (5 + len(seeds)),
+    ]
     for row in report["results"]:
-        seeds = ", ".join(f"{value:.1f}" for value in row["perplexity_by_seed"])
+        found = [f"{value:.1f}" for value in row["perplexity_by_seed"]]
+        found += ["-"] * (len(seeds) - len(found))
         state = row["optimizer_state_bytes"] / (2 * 4 * report["model"]["parameters"])
-        cells = [row["method"], row["weights"], row["moments"], row["rounding"], f"{row['perplexity']:.1f}", seeds]
+        cells = [row["method"], row["weights"], row["moments"], row["rounding"], *found]
         lines.append(f"| {' | '.join(cells)} | {state:.0%} |")
     lines += ["", "| moments | gradients of one size | a hundredth of it |", "| --- | --- | --- |"]
     lines += [f"| {row['moments']} | {row['steady']:.2f} | {row['fallen']:.2f} |" for row in report["followed"]]
@@ -134,7 +144,7 @@ def main() -> None:
         (variant, variant.rates[0], seed)
         for seed in args.seeds
         for variant in chosen
-        if variant.method in REPEATED or seed == args.seeds[0]
+        if variant.name in REPEATED or seed == args.seeds[0]
     ]
     rows: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

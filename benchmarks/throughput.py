@@ -212,6 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", help="methods, each with words after +, such as fira+8bit")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--batch", type=int, help="sequences of a pass; default: 8, and 64 on a GPU")
     parser.add_argument("--accumulation", type=int, default=1, help="passes of an optimizer step")
     parser.add_argument("--sequence_length", type=int, default=256)
@@ -262,6 +263,8 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> dict[str, 
 def main() -> None:
     options = parse_arguments()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     known = environment(device)

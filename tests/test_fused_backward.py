@@ -611,6 +611,49 @@ class TestBytes:
         assert fused.gradient_bytes() == 4 * (values + VOCABULARY * WIDTH)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnGPU:
+    def test_the_same_weights_and_nothing_waits(self) -> None:
+        models = []
+        for fused in (True, False):
+            model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))).cuda()
+            with torch.no_grad():
+                for number, parameter in enumerate(model.parameters()):
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=seeded(number)))
+            optimizer = FiraAdamW(divide_params(model, ["weight"], rank=16, update_proj_gap=50), lr=1e-3)
+            taken = FusedBackward(optimizer, max_grad_norm=1e6) if fused else None
+            x = torch.randn(32, 256, generator=seeded(9)).cuda()
+            for step in range(4):
+                torch.cuda.set_sync_debug_mode("error" if step else "default")
+                try:
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            assert taken is None or taken.grad_norm.item() > 0
+            models.append(model)
+        for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+    def test_the_peak_falls_by_the_gradients(self) -> None:
+        peaks = []
+        for fused in (True, False):
+            model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16))).cuda()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            taken = FusedBackward(optimizer) if fused else None
+            for _ in range(3):
+                torch.cuda.reset_peak_memory_stats()
+                model(torch.randn(8, 1024, device="cuda")).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            peaks.append(torch.cuda.max_memory_allocated())
+            del model, optimizer, taken
+            gc.collect()
+        assert peaks[1] - peaks[0] > 13 * 4 * 1024**2
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

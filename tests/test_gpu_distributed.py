@@ -18,6 +18,8 @@ from tests.distributed.case import Case, each, named
 from tests.distributed.comparing import assert_rounded_alike, assert_same_weights, trained_alone
 from tests.distributed.launch import Launcher, Outcome, collected, shared_folder
 from tests.distributed.loop import Plan, replay
+from tests.distributed.test_fused import Fused
+from tests.distributed.test_fused import train as train_fused
 from tests.distributed.test_options import OPTIONS
 from tests.distributed.training import STEPS, gradients, train, weights
 
@@ -36,6 +38,9 @@ PLANS: dict[str, tuple[Plan, str]] = {
 }
 ROUNDED = {f"{method}-bfloat16": (Plan(method, dtype="bfloat16"), "fsdp2") for method in ("fira", "galore", "apollo")}
 EXACT_CASES = [Case(name, functools.partial(train, plan=p, way=way), WORLDS) for name, (p, way) in PLANS.items()]
+FUSED = {f"fused-{method}-{way}": Fused(Plan(method), way) for method in ("fira", "full") for way in ("ddp", "fsdp2")}
+PLANS |= {name: (fused.plan, fused.way) for name, fused in FUSED.items()}
+EXACT_CASES += [Case(name, functools.partial(train_fused, case=fused), WORLDS) for name, fused in FUSED.items()]
 ROUNDED_CASES = [
     Case(name, functools.partial(train, plan=p, way=way, record=True), WORLDS) for name, (p, way) in ROUNDED.items()
 ]

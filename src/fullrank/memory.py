@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fullrank.factors.quantize import statistic_bytes
 from fullrank.errors import UnsupportedError
+from fullrank.factors.quantize import statistic_bytes
 from fullrank.methods import METHODS
 from fullrank.methods.full import FullConfig
 from fullrank.sharding import local
@@ -106,7 +106,7 @@ def tracked_peak(device: torch.device | str = "cpu") -> Iterator[Tracked]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield found
     try:
-        events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events = recorded.profiler.kineto_results.events()
     except AttributeError as error:
         raise UnsupportedError(
             f"torch {torch.__version__} does not say what its profiler has recorded ({error}). Measure on a GPU."

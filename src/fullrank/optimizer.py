@@ -11,8 +11,9 @@ import copy
 import difflib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -144,11 +145,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._has_stepped_ahead = True
 
     def seated(self, only: Sequence[Seat] | None) -> Iterator[tuple[int, dict[str, Any], list[tuple[int, Tensor]]]]:
-        """Number of a group, the group, and its parameters for which ``steps_here`` with their numbers in it.
-
-        Args:
-            only: Those at these seats; None: all.
-        """
+        """Number of a group, the group, and which of its parameters this process steps, at these seats or anywhere."""
         for number, group in enumerate(self.param_groups):
             params = group["params"]
             indices = range(len(params)) if only is None else [index for owner, index in only if owner == number]
@@ -156,11 +153,9 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def _given(self, only: Sequence[Seat] | None) -> Iterator[Tensor]:
         """The parameters that have a gradient, of all or of those at some seats."""
-        if only is None:
-            parameters: Iterable[Tensor] = (p for group in self.param_groups for p in group["params"])
-        else:
-            parameters = (self.param_groups[number]["params"][index] for number, index in only)
-        return (parameter for parameter in parameters if parameter.grad is not None)
+        groups = [group["params"] for group in self.param_groups]
+        given = (groups[number][index] for number, index in only) if only is not None else chain.from_iterable(groups)
+        return (parameter for parameter in given if parameter.grad is not None)
 
     def _is_rehearsal(self) -> bool:
         """Whether this is a first step with zeros for rates and gradients, which is to make the state and no more.

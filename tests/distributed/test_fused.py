@@ -16,7 +16,7 @@ from fullrank import METHODS, FiraAdamW, FusedBackward, UnsupportedError, divide
 from tests.distributed import branches
 from tests.distributed.case import Case, Place, each, named
 from tests.distributed.comparing import assert_same_weights, trained_alone
-from tests.distributed.loop import Plan, Run, alone, loss_of, whole
+from tests.distributed.loop import DEVICE, Plan, Run, alone, loss_of, whole
 from tests.distributed.network import batch
 from tests.distributed.training import STEPS, weights
 from tests.distributed.wrapping import fsdp2
@@ -75,7 +75,7 @@ class FusedRun(Run):
             super().backward(number)
             return
         assert self.fused is not None
-        first, last = batch(number).chunk(2)
+        first, last = batch(number).to(DEVICE).chunk(2)
         rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_several() else (0, 1)
         with self.fused.accumulating():
             (loss_of(self.model, first[rank::world]) / 2).backward()

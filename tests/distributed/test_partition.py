@@ -27,7 +27,8 @@ PLANS = {
     for method in ("fira", "galore", "apollo")
     for basis in ("svd", "power")
 }
-PLANS["partitioned-fira-8bit"] = Plan("fira", {"basis": "random", "partition_states": True, "state_dtype": "8bit"})
+CODED = {"basis": "random", "partition_states": True, "state_dtype": "8bit"}
+PLANS["partitioned-fira-8bit"] = Plan("fira", CODED, width=240)  # so wide that the embeddings have codes too
 
 
 def divide(place: Place, *, plan: Plan) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def save_or_resume(place: Place, *, plan: Plan) -> dict[str, Any]:
 
 RESUMES = [
     Case(f"resumed-{name}", functools.partial(save_or_resume, plan=PLANS[name]), (2, 3))
-    for name in ("8bit-full", "8bit-fira")
+    for name in ("8bit-full", "8bit-fira", "8bit-sift")
 ]
 
 

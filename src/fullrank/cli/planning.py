@@ -16,9 +16,9 @@ usage: fullrank plan --model MODEL [--sequence_length N] [--batch_size N] [--met
                      [--SECTION.FIELD VALUE ...] [--METHOD.FIELD VALUE ...] [--json FILE] [--figure FILE]
        fullrank plan RECIPE_OR_RUN [--gpu 24GB] [...]
 
-How much memory does each method need: weights, gradients, optimizer states, activations, and the peak of a step? Reads a
-model's configuration and nothing else. With --gpu it says what fits, what to change where it does not, and how large
-rank, density and batch may be.
+How much memory does each method need: weights, gradients, optimizer states, activations, and the peak of a step?
+Reads a model's configuration and nothing else. With --gpu it says what fits, what to change where it does not, and how
+large rank, density and batch may be.
 
   RECIPE_OR_RUN          a packaged recipe (`fullrank recipes`), a YAML file, or a run's folder
   --SECTION.FIELD VALUE  any setting of a run, for all methods that have it: --method.rank 64, --trainer.bf16 true

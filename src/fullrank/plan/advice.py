@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.methods import METHODS
 from fullrank.plan.spread import Spread
 from fullrank.plan.usage import Planner, Setting, Usage
 
@@ -241,10 +241,14 @@ def largest(planner: Planner, setting: Setting, usable: int) -> list[Largest]:
         limits.append(("density", DENSITY_STEPS, now, lambda value: setting.using(density=value / DENSITY_STEPS)))
     found = []
     for name, bound, now, changed in limits:
-        value = _search(lambda number, changed=changed: _peak(planner, changed(number)), usable, bound, now)
+        value = _search(partial(_need, planner, changed), usable, bound, now)
         scaled = value if value is None or name != "density" else value / DENSITY_STEPS
         found.append(Largest(name, scaled, value == bound))
     return found
+
+
+def _need(planner: Planner, changed: Callable[[int], Setting], number: int) -> int | None:
+    return _peak(planner, changed(number))
 
 
 def _search(need: Callable[[int], int | None], usable: int, bound: int, start: int) -> int | None:

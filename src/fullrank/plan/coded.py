@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from fullrank.plan.usage import Usage
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
-"""Numbers that share a scale in bitsandbytes' 4-bit codes, and scales that share one where they are codes themselves."""
+"""Numbers that share a scale in bitsandbytes' 4-bit codes, and scales that share one where these are codes too."""
 
 
 def coded(usage: Usage, network: Network, kind: str) -> Usage:
     """The same with the linear layers as codes, of which one at a time is decoded to be multiplied with."""
     keep = heads(network.whole)
-    layers = [module for name, module in network.whole.named_modules() if type(module) is nn.Linear and name not in keep]
+    layers = [
+        module for name, module in network.whole.named_modules() if type(module) is nn.Linear and name not in keep
+    ]
     saved = sum(layer.weight.numel() * layer.weight.element_size() - _codes(layer, kind) for layer in layers)
     decoded = max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
     held = usage.at_peak

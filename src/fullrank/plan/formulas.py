@@ -8,15 +8,17 @@ twice in float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fullrank.factors import AdapterRequest, target_layers
 from fullrank.factors.training import wanted_beside
 from fullrank.methods import METHODS
 from fullrank.plan.network import Network
-from fullrank.plan.timeline import Held
+from fullrank.plan.timeline import STEADY, Held
 from fullrank.sparse.seat import divide, layout_of
 from fullrank.sparse.settings import num_chosen
 
@@ -42,24 +44,37 @@ def usage(setting: Setting, states: int, on_host: int) -> Usage:
     in_pass = Held(weights, min(trained, alive), states - on_host, activations, on_host)
     in_step = Held(weights, alive, states - on_host, temporaries, on_host)
     held, where = max(((in_pass, "backward"), (in_step, "step")), key=lambda one: one[0].total)
-    return Usage(weights, alive, states, on_host, activations, temporaries, held, ("steady", where))
+    return Usage(
+        weights=weights,
+        gradients=alive,
+        states=states,
+        states_on_host=on_host,
+        activations=activations,
+        kept=activations,
+        temporaries=temporaries,
+        at_peak=held,
+        where=(STEADY, where),
+    )
 
 
 def _activations(setting: Setting) -> int:
     work, config = setting.work, setting.network.config
-    size = 2 if work.autocast else getattr(torch, setting.network.model.dtype).itemsize
+    dtype: torch.dtype = torch.bfloat16 if work.autocast else getattr(torch, setting.network.model.dtype)
+    size = dtype.itemsize
     tokens, hidden = setting.batch_size * work.sequence_length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layer = (PER_HIDDEN * hidden + PER_INNER * inner) * size
-    layers = config.num_hidden_layers * hidden * size + layer if work.checkpointing else config.num_hidden_layers * layer
+    layers = (
+        config.num_hidden_layers * hidden * size + layer if work.checkpointing else config.num_hidden_layers * layer
+    )
     outputs = config.vocab_size if setting.network.num_labels is None else setting.network.num_labels
     return int(tokens * (layers + outputs * (size + 8)))
 
 
 def weight_bytes(network: Network, work: Work) -> int:
     """Parameters and buffers, and the factors that the method puts beside them."""
-    held: list[Any] = [*network.whole.parameters(), *network.whole.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) + _factor_bytes(network, work)
+    held: list[Tensor] = [*network.whole.parameters(), *network.whole.buffers()]
+    return _sum(held) + _factor_bytes(network, work)
 
 
 def trained_bytes(network: Network, work: Work) -> int:
@@ -67,16 +82,20 @@ def trained_bytes(network: Network, work: Work) -> int:
     model, options = network.whole, work.options
     if work.method == "sift":
         targets, dense, _ = divide(model, options.target_modules, options.exception)
-        total = sum(p.numel() * p.element_size() for p in dense.values())
+        total = _sum(dense.values())
         for name, weight in targets.items():
             layout = layout_of(model, name, weight, options.granularity, options.block_size, options.scope)
             units = num_chosen(options.density, layout) * (layout.rows if layout.per_row else 1)
             total += units * layout.unit_numel * torch.promote_types(weight.dtype, torch.float32).itemsize
         return total
     if _request(work) is None or getattr(options, "warm_start_steps", 0):
-        return sum(p.numel() * p.element_size() for p in model.parameters())
+        return _sum(model.parameters())
     beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()
-    return _factor_bytes(network, work) + sum(p.numel() * p.element_size() for p in beside)
+    return _factor_bytes(network, work) + _sum(beside)
+
+
+def _sum(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _request(work: Work) -> AdapterRequest | None:

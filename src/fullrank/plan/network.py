@@ -76,7 +76,8 @@ class Network:
         for parameter in model.parameters():  # as a run does: the rotary tables stay in float32
             parameter.data = parameter.data.to(getattr(torch, self.model.dtype))
         model.config.dtype = getattr(torch, self.model.dtype)
-        return model.train()
+        model.train()
+        return model
 
     def _is_uniform(self) -> bool:
         """Whether its layers differ in nothing that a trace would see."""

@@ -148,6 +148,7 @@ def describe(usage: Usage) -> dict[str, Any]:
         "states": usage.states,
         "states_on_host": usage.states_on_host,
         "activations": usage.activations,
+        "kept": usage.kept,
         "temporaries": usage.temporaries,
         "peak": usage.peak,
         "at_peak": held,

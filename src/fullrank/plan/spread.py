@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fullrank.communication import Layout
+from fullrank.errors import UnsupportedError
 from fullrank.methods import METHODS
 from fullrank.plan.formulas import trained_bytes
 from fullrank.plan.network import Network
@@ -86,6 +87,14 @@ def _largest_share(network: Network, work: Work, gpus: int) -> int:
 
 def _sharded(usage: Usage, network: Network, work: Work, shards: int) -> Usage:
     """FSDP2: weights, gradients and states are cut; layers are gathered as they are needed, all else for a pass."""
+    if work.method == "sift" and work.options.scope != "row":
+        raise UnsupportedError(
+            f"fsdp2 cuts weights into rows, and scope {work.options.scope} chooses over whole ones. Use row."
+        )
+    if getattr(work.options, "basis", None) == "svd":
+        raise UnsupportedError("basis svd needs whole gradients, and fsdp2 cuts them. Set method.basis power.")
+    if work.quantization is not None:
+        raise UnsupportedError("fsdp2 cannot cut a base of codes (model.quantization). Use ddp, or a base in bfloat16.")
     blocks = blocks_of(network.whole)
     inside = {parameter for block in blocks for parameter in block.parameters()}
     around = sum(_bytes(p) for p in network.whole.parameters() if p not in inside)
@@ -100,8 +109,8 @@ def _sharded(usage: Usage, network: Network, work: Work, shards: int) -> Usage:
     gathered = around + AHEAD * layer
     gradients = -(-trained // shards)
     whole_gradients = round(gathered * min(1.0, share))  # before they are scattered
-    wave = min(4 * WAVE, usage.states) + 2 * 4 * BUCKET if shards > 1 and work.method != "full" else 0
-    temporaries = min(wave, max(usage.temporaries, wave))
+    has_bases = hasattr(work.options, "update_proj_gap")
+    temporaries = min(4 * WAVE, usage.states) + 2 * 4 * BUCKET if has_bases else usage.temporaries
     in_pass = Held(weights, gradients, states - on_host, usage.activations + gathered + whole_gradients, on_host)
     in_step = Held(weights, gradients, states - on_host, temporaries, on_host)
     held, where = max(((in_pass, ("steady", "backward")), (in_step, ("steady", "step"))), key=lambda one: one[0].total)

@@ -24,7 +24,6 @@ from fullrank.plan.tracker import GRADIENTS, HOST, STATES, WEIGHTS, Region, Trac
 from fullrank.sparse import training
 from fullrank.train.sharded import blocks_of
 
-
 BESIDE = ("train_embeddings", "train_norms", "train_head", "warm_start_steps")
 """Options that say what trains beside LoRA's factors."""
 
@@ -68,7 +67,7 @@ def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: i
     """What lives at every moment of a forward and backward pass, and of the step where that is a part of them.
 
     Raises:
-        Untraceable: If this cannot be found out without making the step.
+        UntraceableError: If this cannot be found out without making the step.
         ConfigError: If method and model do not go together.
     """
     with quietly():
@@ -97,7 +96,7 @@ def trace_step(network: Network, work: Work, *, num_layers: int) -> int:
     """Bytes of temporaries in an optimizer step that also refreshes bases, at most.
 
     Raises:
-        Untraceable: If this cannot be found out without making the step.
+        UntraceableError: If this cannot be found out without making the step.
     """
     with quietly():
         model = _model(network, work, num_layers=num_layers)
@@ -272,14 +271,15 @@ def _know_states(built: Built, tracker: Tracker) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without what methods log and warn of when they are built, and note of the weights' content: that is for runs."""
-    logger, note = logging.getLogger("fullrank"), training.fingerprint
+    sift: Any = training
+    logger, note = logging.getLogger("fullrank"), sift.fingerprint
     level = logger.level
     logger.setLevel(logging.ERROR)
-    training.fingerprint = lambda weights: dict.fromkeys(weights, "")
+    sift.fingerprint = lambda weights: dict.fromkeys(weights, "")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        training.fingerprint = note
+        sift.fingerprint = note
         logger.setLevel(level)

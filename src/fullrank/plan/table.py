@@ -121,8 +121,8 @@ def _said(suggestion: Suggestion, budget: Budget) -> str:
     change = suggestion.change
     fits = "fits" if suggestion.together <= budget.usable else "not yet"
     return (
-        f"{change.what} ({change.how}): saves {gib(suggestion.saves)} alone; with those above {gib(suggestion.together)}"
-        f" GiB, {fits}. Costs {change.cost}."
+        f"{change.what} ({change.how}): saves {gib(suggestion.saves)} alone; with those above "
+        f"{gib(suggestion.together)} GiB, {fits}. Costs {change.cost}."
     )
 
 

@@ -3,7 +3,7 @@
 Every tensor of a step belongs to the layers or to what is around them, and has a dimension for the sequences of the
 batch or none. So a sum over what lives at a moment is affine in the layers and in the sequences, as long as the same
 operations are made; in the first and in the last layer, and around them, they are. Within a pass forward or backward
-the sum at a place in a layer between is affine in that layer's number, so it is largest in the first or in the last one.
+the sum at a place in a layer between is affine in that layer's number, so it is largest in the first or the last.
 """
 
 from __future__ import annotations

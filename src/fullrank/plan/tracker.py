@@ -9,8 +9,8 @@ What decides by content is settled here: a number that is asked for is 1, what i
 finite), and of any entry it does not.
 Numbers that no fake tensor had a part in, such as counters of steps, are real.
 
-The private parts of torch and transformers are imported here and nowhere else; ``Untraceable`` is raised where one is
-missing, and whoever asked falls back to formulas.
+The private parts of torch and transformers are imported here and nowhere else. Where one is missing ``UntraceableError``
+is raised, and whoever asked falls back to formulas.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ Region = tuple[str, ...]
 """A stretch of a step: pass, direction, and place in the model."""
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """A step cannot be traced with this version of torch, or for this model."""
 
 
@@ -65,7 +66,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = [0] * len(CATEGORIES)
         """Bytes that live, by category."""
         self.moments: dict[Region, list[tuple[int, ...]]] = {}
@@ -110,7 +111,7 @@ class Tracker(TorchDispatchMode):
             known = self._known.get(key)
             if known is None:
                 size = storage.nbytes()
-                self._ends[key] = weakref.ref(storage, lambda _, key=key: self._free(key))
+                self._ends[key] = weakref.ref(storage, partial(self._free, key))
                 grown = True
             elif category is None or known[0] == category:
                 continue
@@ -130,7 +131,7 @@ class Tracker(TorchDispatchMode):
             here = self.moments.setdefault(region, [])
             here.append(tuple(self.now))
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: Any) -> None:
         category, size = self._known.pop(key)
         self._ends.pop(key, None)
         self.now[category] -= size
@@ -157,10 +158,10 @@ def stand_in() -> Iterator[Tracker]:
     """Within this block tensors have no content, and the tracker counts them.
 
     Raises:
-        Untraceable: If torch lacks what this needs, or an operation has no shape without content.
+        UntraceableError: If torch lacks what this needs, or an operation has no shape without content.
     """
     if FakeTensorMode is None:
-        raise Untraceable(f"torch {torch.__version__} has no FakeTensorMode")
+        raise UntraceableError(f"torch {torch.__version__} has no FakeTensorMode")
     tracker = Tracker()
     with _seen_as_real(), FakeTensorMode(allow_fallback_kernels=False), tracker:
         try:
@@ -168,7 +169,7 @@ def stand_in() -> Iterator[Tracker]:
         except (ConfigError, UnsupportedError):
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
-            raise Untraceable(f"{type(error).__name__}: {first_line(error)}") from error
+            raise UntraceableError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -176,15 +177,16 @@ def _seen_as_real() -> Iterator[None]:
     """Let transformers leave out a mask that masks nothing, as it does for real tensors: it asks whether it is traced.
 
     Raises:
-        Untraceable: If transformers asks in another way by now.
+        UntraceableError: If transformers asks in another way by now.
     """
     from transformers import masking_utils
 
-    asked = getattr(masking_utils, "is_tracing", None)
+    masks: Any = masking_utils
+    asked = getattr(masks, "is_tracing", None)
     if asked is None:
-        raise Untraceable("this version of transformers decides on attention masks in another way")
-    masking_utils.is_tracing = lambda *_: False
+        raise UntraceableError("this version of transformers decides on attention masks in another way")
+    masks.is_tracing = lambda *_: False
     try:
         yield
     finally:
-        masking_utils.is_tracing = asked
+        masks.is_tracing = asked

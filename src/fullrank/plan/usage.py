@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,10 @@ from fullrank.plan.network import Network
 from fullrank.plan.spread import Spread, spread
 from fullrank.plan.step import Work, quietly, trace_passes, trace_step
 from fullrank.plan.timeline import STEADY, STEP, Held, Moments, alike, extended, most, peak
-from fullrank.plan.tracker import GRADIENTS, HOST, OTHER, STATES, WEIGHTS, Region, Untraceable
+from fullrank.plan.tracker import GRADIENTS, HOST, OTHER, STATES, WEIGHTS, Region, UntraceableError
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 MANY = (2, 3)
 """Sequences of the batches that stand for one with more; one alone is another matter: what is contiguous differs."""
@@ -54,6 +56,8 @@ class Usage:
     """Bytes of these that lie in the memory of the host."""
     activations: int
     """The most that forward and backward passes hold at a time beside weights, gradients and states."""
+    kept: int
+    """What a forward pass keeps for the backward pass, of these."""
     temporaries: int
     """The most that an optimizer step holds at a time beside them, a refresh of bases included."""
     at_peak: Held
@@ -75,8 +79,8 @@ class Planner:
     """Finds out what settings need; what was traced once is kept."""
 
     def __init__(self) -> None:
-        self._passes: dict[tuple[Any, ...], Moments | Untraceable] = {}
-        self._steps: dict[tuple[Any, ...], int | Untraceable] = {}
+        self._passes: dict[tuple[Any, ...], Moments | UntraceableError] = {}
+        self._steps: dict[tuple[Any, ...], int | UntraceableError] = {}
 
     def usage(self, setting: Setting) -> Usage:
         """What this setting needs.
@@ -90,7 +94,7 @@ class Planner:
         try:
             moments = self._moments(setting)
             temporaries = 0 if work.steps_in_backward else self._temporaries(setting)
-        except Untraceable as error:
+        except UntraceableError as error:
             logger.warning("activations are estimated by a formula: the step cannot be traced (%s)", error)
             found = replace(formulas.usage(setting, states, on_host), source="formula", why=str(error))
             return self._placed(found, setting)
@@ -108,6 +112,7 @@ class Planner:
             states=states,
             states_on_host=on_host,
             activations=most({r: rows for r, rows in moments.items() if r[0] == STEADY and STEP not in r}, OTHER),
+            kept=int(moments[STEADY, "backward", "after"][0, OTHER]),
             temporaries=temporaries,
             at_peak=held,
             where=where,
@@ -158,7 +163,7 @@ class Planner:
             _once(
                 self._steps,
                 (network.key, work.method, repr(work.options), n),
-                lambda n=n: trace_step(network, work, num_layers=n),
+                partial(trace_step, network, work, num_layers=n),
             )
             for n in lengths
         ]
@@ -184,13 +189,16 @@ def _with_states(rows: NDArray[np.int64], states: int, on_host: int) -> NDArray[
     return added
 
 
-def _once(kept: dict[tuple[Any, ...], Any], key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+def _once(
+    kept: dict[tuple[Any, ...], Found | UntraceableError], key: tuple[Any, ...], find: Callable[[], Found]
+) -> Found:
     """What was found under this key, or what can be found now; what cannot be traced stays so."""
     if key not in kept:
         try:
             kept[key] = find()
-        except Untraceable as error:
+        except UntraceableError as error:
             kept[key] = error
-    if isinstance(kept[key], Untraceable):
-        raise kept[key]
-    return kept[key]
+    found = kept[key]
+    if isinstance(found, UntraceableError):
+        raise found
+    return found

@@ -1,0 +1,107 @@
+"""What is suggested fits once it is done, and what is called the largest is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fullrank.plan import Planner, Setting
+from fullrank.plan.advice import LARGEST_BATCH, largest, suggestions
+from fullrank.plan.spread import Spread
+from tests.plan.real import network, setting
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner()
+
+
+def peak(planner: Planner, of: Setting) -> int:
+    return planner.usage(of).peak
+
+
+@pytest.mark.parametrize(
+    ("method", "work", "share"),
+    [
+        ("fira", {"batch_size": 4}, 0.6),
+        ("sift", {"batch_size": 4}, 0.5),
+        ("lora", {"batch_size": 1, "length": 64}, 0.75),
+    ],
+    ids=["fira", "sift", "lora"],
+)
+def test_suggestions_do_what_they_promise(planner: Planner, method: str, work: dict[str, Any], share: float) -> None:
+    asked = setting(method, **work)
+    start = peak(planner, asked)
+    usable = int(share * start)
+    found = suggestions(planner, asked, usable)
+    assert found
+    now = asked
+    for one in found:
+        now = one.change.apply(now)
+        assert Planner().usage(now).peak == one.together  # planned anew, nothing remembered
+        assert peak(planner, one.change.apply(asked)) == start - one.saves
+        assert now.work == one.setting.work
+    assert found[-1].together <= usable
+    assert [one.change.harm for one in found] == sorted(one.change.harm for one in found)
+    for one in found:  # none is in vain
+        left = asked
+        for other in found:
+            left = left if other is one else other.change.apply(left)
+        assert peak(planner, left) > usable
+
+
+def test_what_fits_needs_no_change(planner: Planner) -> None:
+    asked = setting("fira")
+    assert suggestions(planner, asked, peak(planner, asked)) == []
+
+
+def test_nothing_makes_it_fit(planner: Planner) -> None:
+    asked = setting("fira")
+    found = suggestions(planner, asked, 1000)
+    assert not found or found[-1].together > 1000
+
+
+@pytest.mark.parametrize("method", ["fira", "sift", "lora"])
+def test_one_more_does_not_fit(planner: Planner, method: str) -> None:
+    asked = setting(method, batch_size=1, length=8)
+    usable = int(1.08 * peak(planner, asked))
+    for one in largest(planner, asked, usable):
+        assert one.value is not None
+        step = 1e-4 if one.name == "density" else 1
+        changed = {
+            "batch": lambda value: replace(asked, batch_size=round(value)),
+            "rank": lambda value: asked.using(rank=round(value)),
+            "density": lambda value: asked.using(density=value),
+        }[one.name]
+        assert peak(planner, changed(one.value)) <= usable
+        if not one.bound:
+            assert peak(planner, changed(one.value + step)) > usable
+
+
+def test_largest_knows_its_bounds(planner: Planner) -> None:
+    asked = setting("galore")
+    assert [one.value for one in largest(planner, asked, 1000)] == [None, None]
+    found = {one.name: one for one in largest(planner, asked, 1 << 60)}
+    assert (found["batch"].value, found["rank"].value) == (LARGEST_BATCH, 64)
+    assert found["rank"].bound
+
+
+def test_ddp_adds_buckets_and_partitioned_states_are_divided(planner: Planner) -> None:
+    from fullrank.plan.formulas import trained_bytes
+
+    alone = setting("galore")
+    two = replace(alone, spread=Spread(2))
+    assert peak(planner, two) == peak(planner, alone) + trained_bytes(alone.network, alone.work)
+    divided = planner.usage(replace(two, work=two.using(partition_states=True).work))
+    assert planner.usage(alone).states / 2 <= divided.states < 0.6 * planner.usage(alone).states
+
+
+def test_fsdp_divides_and_gathers(planner: Planner) -> None:
+    of = network(8)
+    alone, spread = (planner.usage(setting("fira", of, batch_size=1, length=8)) for _ in range(2))
+    spread = planner.usage(replace(setting("fira", of, batch_size=1, length=8), spread=Spread(4, "fsdp2")))
+    for part in ("weights", "states"):
+        assert getattr(spread, part) == pytest.approx(getattr(alone, part) / 4, rel=0.05)
+    assert spread.peak < alone.peak
