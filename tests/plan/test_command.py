@@ -29,28 +29,38 @@ def small(**options: Any) -> PlanOptions:
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "plan.json"), "--figure", str(tmp_path / "plan.svg")]
-    words = ["plan", "--model", "llama-9m", "--vocab_size", "100", "--sequence_length", "16", "--methods", "fira,sift"]
-    assert (
-        main([*words, *FLAGS, "--fira.rank", "8", "--sift.density", "0.1", "--gpu", "2MB", "--reserve", "1MB", *files])
-        == 0
-    )
+    words = ["plan", "--model", "llama-9m", "--vocab_size", "100", "--sequence_length", "16", "--methods", "fira"]
+    assert main([*words, *FLAGS, "--fira.rank", "8", *files]) == 0
     shown = capsys.readouterr().out
-    for said in ("rank 8", "density 0.1", "bfloat16", "1 x 16 tokens", "no", "gradient checkpointing", "saves", "fits"):
+    for said in ("rank 8", "bfloat16", "1 x 16 tokens", "no gradient checkpointing", "activations", "peak"):
         assert said in shown
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["format"] == 1
-    assert found["gpu"] == {"total": 2 << 20, "reserve": 1 << 20, "usable": 1 << 20}
-    assert list(found["methods"]) == ["fira", "sift"]
-    for name, row in found["methods"].items():
-        usage = row["usage"]
-        assert row["fits"] is (usage["peak"] <= 1 << 20)
-        assert usage["peak"] == sum(usage["at_peak"][part] for part in ("weights", "gradients", "states", "other"))
-        assert usage["source"] == "traced"
-        assert usage["weights"] > 0
-        assert {"as asked", "with checkpointing", "without checkpointing"} <= row["variants"].keys()
-        assert row["variants"]["as asked"] == usage
-        assert name == "sift" or row["options"]["rank"] == 8
+    assert (found["format"], found["gpu"], list(found["methods"])) == (1, None, ["fira"])
+    row = found["methods"]["fira"]
+    usage = row["usage"]
+    assert usage["peak"] == sum(usage["at_peak"][part] for part in ("weights", "gradients", "states", "other"))
+    assert usage["source"] == "traced"
+    assert {"as asked", "with checkpointing", "without checkpointing"} <= row["variants"].keys()
+    assert row["variants"]["as asked"] == usage
+    assert row["options"]["rank"] == 8
     assert (tmp_path / "plan.svg").read_text().count("optimizer states") == 1
+
+
+@pytest.mark.slow
+def test_the_command_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "llama-9m", "--vocab_size", "100", "--sequence_length", "16", "--methods", "fira,lora"]
+    memory = ["--gpu", "0.9MB", "--reserve", "0.1MB", "--json", str(tmp_path / "plan.json")]
+    assert main([*words, *FLAGS, "--method.rank", "8", *memory]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    usable = found["gpu"]["usable"]
+    assert usable == found["gpu"]["total"] - found["gpu"]["reserve"]
+    for row in found["methods"].values():
+        assert row["fits"] is (row["usage"]["peak"] <= usable)
+        if not row["fits"]:
+            assert row["suggestions"]
+            assert row["suggestions"][0]["how"] in " ".join(shown.split())
+    assert not found["methods"]["lora"]["fits"]
 
 
 def test_a_run_folder_is_planned_as_it_is(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_ways_to_train(method: str, work: dict[str, Any]) -> None:
         {"accumulates": True},
         {"padded": True},
     ],
-    ids=lambda work: "+".join(work),
+    ids="+".join,
 )
 def test_every_method_in_every_way(method: str, work: dict[str, Any]) -> None:
     check(method, **work)

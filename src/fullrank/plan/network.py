@@ -33,7 +33,7 @@ class Network:
     config: PreTrainedConfig
     num_labels: int | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What sets it apart from other networks."""
         return f"{self.config.to_json_string(use_diff=False)} {self.model.dtype} {self.model.attn_implementation}"

@@ -110,7 +110,8 @@ def _sharded(usage: Usage, network: Network, work: Work, shards: int) -> Usage:
     gradients = -(-trained // shards)
     whole_gradients = round(gathered * min(1.0, share))  # before they are scattered
     has_bases = hasattr(work.options, "update_proj_gap")
-    temporaries = min(4 * WAVE, usage.states) + 2 * 4 * BUCKET if has_bases else usage.temporaries
+    sent = 2 * min(4 * BUCKET, usage.states)  # buffers in and out
+    temporaries = min(4 * WAVE, usage.states) + sent if has_bases else usage.temporaries
     in_pass = Held(weights, gradients, states - on_host, usage.activations + gathered + whole_gradients, on_host)
     in_step = Held(weights, gradients, states - on_host, temporaries, on_host)
     held, where = max(((in_pass, ("steady", "backward")), (in_step, ("steady", "step"))), key=lambda one: one[0].total)

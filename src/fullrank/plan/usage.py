@@ -81,6 +81,7 @@ class Planner:
     def __init__(self) -> None:
         self._passes: dict[tuple[Any, ...], Moments | UntraceableError] = {}
         self._steps: dict[tuple[Any, ...], int | UntraceableError] = {}
+        self._usages: dict[tuple[Any, ...], Usage] = {}
 
     def usage(self, setting: Setting) -> Usage:
         """What this setting needs.
@@ -88,6 +89,12 @@ class Planner:
         Raises:
             ConfigError: If method, options and network do not go together.
         """
+        key = (setting.network.key, repr(setting.work), setting.batch_size, setting.spread)
+        if key not in self._usages:
+            self._usages[key] = self._find(setting)
+        return self._usages[key]
+
+    def _find(self, setting: Setting) -> Usage:
         work, network = setting.work, setting.network
         with quietly():
             states, on_host = state_bytes(network, work)
