@@ -9,7 +9,7 @@ published gap: seconds = step + extra / gap.
 Where the time goes is measured in runs of their own, and the loop itself on a network so small that nothing else
 takes time: ours, transformers' Trainer and a bare loop.
 
-    python benchmarks/throughput.py                                  # CPU, 8 minutes
+    python benchmarks/throughput.py --threads 1                      # CPU, 6 minutes
     python benchmarks/throughput.py --device cuda --sizes 130m 350m 1b
 """
 

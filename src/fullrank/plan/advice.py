@@ -313,9 +313,11 @@ def variants(planner: Planner, setting: Setting) -> dict[str, Usage]:
         "as asked": setting,
         "with checkpointing": replace(setting, work=replace(work, checkpointing=True)),
         "without checkpointing": replace(setting, work=replace(work, checkpointing=False)),
-        "with fused backward": replace(setting, work=replace(work, fused_backward=True, accumulates=False)),
         f"fsdp2 over {NODE}": replace(setting, spread=Spread(NODE, "fsdp2")),
     }
+    if work.method != "sift":  # which keeps no dense gradients anyway
+        toggled["with fused backward"] = replace(setting, work=replace(work, fused_backward=True))
+        toggled["with both"] = replace(setting, work=replace(work, fused_backward=True, checkpointing=True))
     if "8bit" in _choices(work.options, "state_dtype"):
         toggled["with 8-bit states"] = setting.using(state_dtype="8bit")
     if work.method in ("lora", "relora"):

@@ -26,10 +26,10 @@ WORDS = {
 VARIANTS = {
     "as asked": "as asked",
     "with checkpointing": "+ checkpointing",
-    "with fused backward": "+ update in backward",
+    "with both": "+ update in backward",
     "with 8-bit states": "+ 8-bit states",
 }
-"""Variants that are drawn, and what they are called; each changes one thing."""
+"""Variants that are drawn, and what they are called: the third has what the second has."""
 BAR, GAP = 0.8, 0.9
 """Of a bar's row, and between methods."""
 

@@ -9,8 +9,8 @@ What decides by content is settled here: a number that is asked for is 1, what i
 finite), and of any entry it does not.
 Numbers that no fake tensor had a part in, such as counters of steps, are real.
 
-The private parts of torch and transformers are imported here and nowhere else. Where one is missing ``UntraceableError``
-is raised, and whoever asked falls back to formulas.
+The private parts of torch and transformers are imported here and nowhere else. Where one is missing an
+``UntraceableError`` is raised, and whoever asked falls back to formulas.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from fullrank.plan.coded import coded
 from fullrank.plan.network import Network
 from fullrank.plan.spread import Spread, spread
 from fullrank.plan.step import Work, quietly, trace_passes, trace_step
-from fullrank.plan.timeline import STEADY, STEP, Held, Moments, alike, extended, most, peak
+from fullrank.plan.timeline import FIRST, STEADY, STEP, Held, Moments, alike, extended, most, peak
 from fullrank.plan.tracker import GRADIENTS, HOST, OTHER, STATES, WEIGHTS, Region, UntraceableError
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,9 @@ class Planner:
         gradients = most(moments, GRADIENTS)
         weights = int(next(iter(moments.values()))[0, WEIGHTS])
         held, where = peak(moments)
+        if where == (FIRST, STEP):  # which makes the states
+            made = min(held.other, states - on_host - held.states)
+            held = replace(held, states=held.states + made, other=held.other - made)
         stepping = Held(weights, gradients, states - on_host, temporaries, on_host)
         if not work.steps_in_backward and stepping.total > held.total:
             held, where = stepping, (STEADY, STEP)

@@ -95,9 +95,7 @@ def kind_of(command: Command, base: Mapping[str, Any], overrides: Mapping[str, A
     return Kind(name, task)
 
 
-def quantization_problems(
-    sections: Mapping[str, Mapping[str, Any]], method: str, *, is_finetuning: bool
-) -> list[str]:
+def quantization_problems(sections: Mapping[str, Mapping[str, Any]], method: str, *, is_finetuning: bool) -> list[str]:
     """Why a run cannot have a base that is kept as codes, one sentence each; none if it has no such base."""
     model, options, trainer = sections["model"], sections["method"], sections["trainer"]
     kind = model.get("quantization")

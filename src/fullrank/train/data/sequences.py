@@ -107,7 +107,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, cache_d
         _require(len(train) > 0, config, part="training")
         num_train_tokens = _count_tokens(train, config)
         size = f"{num_train_tokens:,} training tokens in {len(train):,} sequences"
-    # Arrays in place of lists of Python's numbers: a batch is made four times as fast.
+    # Arrays in place of lists of Python's numbers: a batch is made in a fraction of the time.
     arrays = train if isinstance(train, IterableDataset) else train.with_format("numpy")
     return Data(
         train=arrays,
