@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullrank import AdamW
+from fullrank import AdamW, ConfigError
 from tests.problems import relative_error
 
 SHAPES = [(80, 96), (96,), (3, 5), (8, 3, 2, 2)]
@@ -108,3 +108,8 @@ def test_frozen_parameters_have_no_state() -> None:
     optimizer.step()
     assert weights[1] not in optimizer.state
     assert optimizer.planned_state_bytes() == sum(8 * w.numel() + 4 for w in (weights[0], *weights[2:]))
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"floating point, got torch.complex64 of shape \(4, 4\)"):
+        AdamW([nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))])

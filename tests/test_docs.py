@@ -23,6 +23,7 @@ from fullrank.cli import COMMANDS
 from fullrank.cli.analysis import ANALYSES, read_analysis
 from fullrank.cli.arguments import read_options, split_arguments
 from fullrank.cli.comparing import comparison
+from fullrank.cli.planning import read_plan
 from fullrank.cli.reporting import read_report
 from fullrank.cli.using import export_flags
 from fullrank.compare.config import CompareConfig
@@ -117,6 +118,9 @@ def test_command_line_is_valid(where: str, words: list[str], capsys: pytest.Capt
         check_run(command, arguments, capsys)
     elif command == "compare":
         check_comparison(arguments)
+    elif command == "plan":
+        planned = read_plan(arguments)
+        assert planned is None or planned[0].config or planned[0].model
     elif command == "report":
         options = read_report(arguments)
         assert options is not None

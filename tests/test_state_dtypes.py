@@ -139,7 +139,7 @@ def test_a_method_knows_its_bytes(name: str, state_dtype: str | None, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @kinds
 def test_eight_bits_train_as_float32(kind: type[MethodOptimizer], dtype: torch.dtype) -> None:
-    """The same loss within 6%, and weights that end near the same place; rounding of bfloat16 weights parts them more."""
+    """The same loss within 6% and weights near the same place; rounding of bfloat16 weights parts them more."""
     start, exact, rough = (Regression(dtype) for _ in range(3))
     wanted = go(exact, make(kind, exact, state_dtype="float32", plain_state_dtype="float32") if kind is not AdamW
                 else make(kind, exact, state_dtype="float32"), range(60))  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullrank import AdamW, FiraAdamW, GaLoreAdamW
+from fullrank import AdamW, ApolloAdamW, FiraAdamW, GaLoreAdamW
+from fullrank.ops.rounding import round_stochastic
 from fullrank.optimizer import MethodOptimizer
 from fullrank.stepping import in_full, rounding_seed
 
@@ -97,3 +98,27 @@ def test_a_transposed_or_channels_last_weight_is_rounded_in_place() -> None:
             optimizer.step()
         assert (weight.stride(), weight.data_ptr()) == (strides, place)
         assert 0.01 < (weight != 1.0).float().mean() < 1.0 or (weight != 1.0).all()
+
+
+@pytest.mark.parametrize("kind", [FiraAdamW, ApolloAdamW, GaLoreAdamW])
+@pytest.mark.parametrize("size", [1e-4, 1e-6])
+def test_small_gradients_of_float16_weights_are_stepped_as_in_float32(kind: Any, size: float) -> None:
+    """What scales such a gradient to a step is beyond 65504, the largest number of float16."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 128, generator=generator).mul(0.1).half()
+    half, full = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    optimizers = [kind([{"params": [weight], "rank": 8}], lr=1e-2) for weight in (half, full)]
+    for _ in range(3):
+        grad = torch.randn(64, 128, generator=generator).mul(size).half()
+        half.grad, full.grad = grad, grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (half.float() - full).abs().max() < 2e-3
+
+
+def test_rounding_at_random_stays_within_the_type() -> None:
+    """What nearest keeps at the largest number does not become infinite; what nearest makes infinite does."""
+    values = torch.tensor([65504.0 + 8.0, -65504.0 - 8.0, 1e6, -1e6]).repeat(1000, 1)
+    found = round_stochastic(values, torch.float16, torch.Generator().manual_seed(0)).float()
+    assert torch.equal(found[:, :2].abs(), torch.full((1000, 2), 65504.0))
+    assert torch.equal(found[:, 2:], torch.tensor([torch.inf, -torch.inf]).repeat(1000, 1))

@@ -127,6 +127,11 @@ class AdamW(MethodOptimizer):
             problems.append(f"blocks must be one of {', '.join(BLOCKS)}, got {group['blocks']!r}.")
         if not isinstance(group["seed"], int):
             problems.append(f"seed must be a whole number, got {group['seed']!r}.")
+        if complex_ones := [p for p in group["params"] if not p.is_floating_point()]:
+            problems.append(
+                f"parameters must be real numbers in floating point, got {complex_ones[0].dtype} of shape "
+                f"{tuple(complex_ones[0].shape)}. Give them to torch.optim.AdamW."
+            )
         return problems
 
     def state_spec(self, parameter: Tensor, group: dict[str, Any]) -> StateSpec:

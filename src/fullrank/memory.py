@@ -5,6 +5,7 @@ Of what is spread over processes this one's part is counted.
 
 from __future__ import annotations
 
+import gc
 import re
 import resource
 import sys
@@ -92,6 +93,7 @@ def tracked_peak(device: torch.device | str = "cpu") -> Iterator[Tracked]:
         UnsupportedError: If this version of torch does not tell allocations apart.
     """
     found, place = Tracked(), torch.device(device)
+    gc.collect()  # what an earlier block has left, and would else be freed in this one
     if place.type == "cuda":
         torch.cuda.synchronize(place)
         torch.cuda.reset_peak_memory_stats(place)

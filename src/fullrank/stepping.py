@@ -27,6 +27,14 @@ def rounds_at_random(weight: Tensor, group: dict[str, Any]) -> bool:
     return group["weight_rounding"] == "stochastic" and weight.dtype in DROPPED_BITS
 
 
+def steps_a_copy(weight: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a step of this weight is taken in a float32 copy.
+
+    In float16 it always is: what scales a small gradient to a step may be beyond the largest number of that type.
+    """
+    return weight.dtype == torch.float16 or rounds_at_random(weight, group)
+
+
 def rounding_seed(parameter: Tensor, group: dict[str, Any], seat: tuple[int, int], step: int) -> tuple[int, ...] | None:
     """What the random numbers of one parameter at one step follow from; None where it is rounded to nearest.
 
@@ -40,12 +48,11 @@ def rounding_seed(parameter: Tensor, group: dict[str, Any], seat: tuple[int, int
 
 @contextmanager
 def stepped(parameter: Tensor, group: dict[str, Any], seat: tuple[int, int], step: int) -> Iterator[Tensor]:
-    """What a step changes of a parameter: this process's part itself, or in float32 what is rounded at random."""
-    seed = rounding_seed(parameter, group, seat, step)
-    if seed is None:
+    """What a step changes of a parameter: this process's part itself, or a float32 copy of it."""
+    if not steps_a_copy(parameter, group):
         yield local(parameter)
         return
-    with in_full(local(parameter), seed=seed) as full:
+    with in_full(local(parameter), seed=rounding_seed(parameter, group, seat, step)) as full:
         yield full
 
 

@@ -95,3 +95,9 @@ def test_what_is_not_finite_makes_its_block_nan(bad: float) -> None:
 def test_nothing_is_nothing() -> None:
     assert back(torch.zeros(0, 256), squared=False).shape == (0, 256)
     assert back(torch.zeros(0), squared=True, flat=True).shape == (0,)
+
+
+def test_a_block_of_large_numbers_is_finite() -> None:
+    """Their sum is not."""
+    values = torch.full((2, 64), 3e38)
+    assert torch.isfinite(back(values, squared=False)).all()

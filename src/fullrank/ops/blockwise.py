@@ -31,7 +31,7 @@ def library_problems() -> list[str]:
     """One sentence if bitsandbytes cannot be imported, and how to get it."""
     try:
         import bitsandbytes  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or its libraries do not load
         return [
             f"8-bit moments need bitsandbytes, which cannot be imported ({error}). Install the extra, pip install "
             '"fullrank[quant]", or use state_dtype float32 or bfloat16.'
@@ -66,7 +66,7 @@ def encode(values: Tensor, *, squared: bool, flat: bool = False) -> tuple[Tensor
     block = BLOCKS[0] if flat else block_of(columns)
     padded = F.pad(rows, (0, -columns % block))
     codes, scales = _kernels().quantize_blockwise.default(padded, _table(squared, values.device), block)
-    scales = scales + 0.0 * padded.view(-1, block).sum(1)  # the kernels pass over NaN; this brings it back
+    scales = scales.masked_fill(~padded.isfinite().view(-1, block).all(1), torch.nan)  # the kernels pass over it
     codes = codes.view(padded.shape)[:, :columns].reshape(values.shape).contiguous()
     return codes, scales.view(scales_like)
 
@@ -81,7 +81,7 @@ def decode(codes: Tensor, scales: Tensor, *, squared: bool) -> Tensor:
     block = BLOCKS[0] if flat else block_of(columns)
     padded = F.pad(rows, (0, -columns % block))
     table = _table(squared, codes.device)
-    values = _kernels().dequantize_blockwise.default(padded, scales.reshape(-1), table, block, torch.float32)
+    values: Tensor = _kernels().dequantize_blockwise.default(padded, scales.reshape(-1), table, block, torch.float32)
     values = values.view(padded.shape)[:, :columns].reshape(codes.shape).contiguous()
     return values.square_() if squared else values
 

@@ -17,11 +17,13 @@ def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     """Values in a shorter type, each rounded up or down at random so that its mean is the value.
 
     A type that is not shorter takes them as they are. float16 below its normal range is rounded to
-    nearest in its last bits.
+    nearest in its last bits. What nearest would round to the largest number of the type does not go beyond it.
     """
     if dtype not in DROPPED_BITS:
         return values.to(dtype)
     bits, values = DROPPED_BITS[dtype], values.to(torch.float32)
     noise = torch.randint(0, 1 << bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     noise.add_(values.view(torch.int32)).bitwise_right_shift_(bits).bitwise_left_shift_(bits)
-    return torch.where(values.isfinite(), noise.view(torch.float32), values).to(dtype)
+    nearest, largest = values.to(dtype), torch.finfo(dtype).max
+    rounded = noise.view(torch.float32).clamp_(-largest, largest).to(dtype)
+    return torch.where(nearest.isfinite(), rounded, nearest)

@@ -148,7 +148,7 @@ def _of_time(setting: Setting) -> Iterator[Change]:
             1,
             lambda one: replace(one, batch_size=half, work=replace(one.work, accumulates=True)),
         )
-    if not work.fused_backward and work.method != "sift":
+    if not work.fused_backward and not work.is_sparse:
         yield Change(
             "update during backward",
             "--trainer.fused_backward true",
@@ -186,7 +186,7 @@ def _of_states(setting: Setting) -> Iterator[Change]:
             2,
             lambda one: one.using(state_dtype="8bit"),
         )
-    if work.quantization is None and work.method in ("lora", "relora") and not options.warm_start_steps:
+    if work.quantization is None and work.trains_factors and not options.warm_start_steps:
         yield Change(
             "an 8-bit base",
             "--model.quantization int8",
@@ -315,12 +315,12 @@ def variants(planner: Planner, setting: Setting) -> dict[str, Usage]:
         "without checkpointing": replace(setting, work=replace(work, checkpointing=False)),
         f"fsdp2 over {NODE}": replace(setting, spread=Spread(NODE, "fsdp2")),
     }
-    if work.method != "sift":  # which keeps no dense gradients anyway
+    if not work.is_sparse:  # which keeps no dense gradients anyway
         toggled["with fused backward"] = replace(setting, work=replace(work, fused_backward=True))
         toggled["with both"] = replace(setting, work=replace(work, fused_backward=True, checkpointing=True))
     if "8bit" in _choices(work.options, "state_dtype"):
         toggled["with 8-bit states"] = setting.using(state_dtype="8bit")
-    if work.method in ("lora", "relora"):
+    if work.trains_factors and not work.options.warm_start_steps:
         toggled["with an 8-bit base"] = replace(setting, work=replace(work, quantization="int8"))
     found = {}
     for name, changed in toggled.items():

@@ -38,9 +38,9 @@ def usage(setting: Setting, states: int, on_host: int) -> Usage:
     weights = weight_bytes(network, work)
     trained = trained_bytes(network, work)
     largest = max(p.numel() * p.element_size() for p in network.whole.parameters())
-    alive = min(trained, largest) if work.fused_backward else trained + (largest if work.method == "sift" else 0)
+    alive = min(trained, largest) if work.fused_backward else trained + (largest if work.is_sparse else 0)
     activations = _activations(setting)
-    temporaries = 0 if work.method in ("full", "lora", "relora") else 2 * largest
+    temporaries = 2 * largest if hasattr(work.options, "update_proj_gap") else 0
     in_pass = Held(weights, min(trained, alive), states - on_host, activations, on_host)
     in_step = Held(weights, alive, states - on_host, temporaries, on_host)
     held, where = max(((in_pass, "backward"), (in_step, "step")), key=lambda one: one[0].total)
@@ -80,7 +80,7 @@ def weight_bytes(network: Network, work: Work) -> int:
 def trained_bytes(network: Network, work: Work) -> int:
     """Bytes of gradients that an optimizer's step reads."""
     model, options = network.whole, work.options
-    if work.method == "sift":
+    if work.is_sparse:
         targets, dense, _ = divide(model, options.target_modules, options.exception)
         total = _sum(dense.values())
         for name, weight in targets.items():
@@ -88,7 +88,7 @@ def trained_bytes(network: Network, work: Work) -> int:
             units = num_chosen(options.density, layout) * (layout.rows if layout.per_row else 1)
             total += units * layout.unit_numel * torch.promote_types(weight.dtype, torch.float32).itemsize
         return total
-    if _request(work) is None or getattr(options, "warm_start_steps", 0):
+    if _request(work) is None or bool(getattr(options, "warm_start_steps", False)):
         return _sum(model.parameters())
     beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()
     return _factor_bytes(network, work) + _sum(beside)

@@ -87,7 +87,7 @@ def _largest_share(network: Network, work: Work, gpus: int) -> int:
 
 def _sharded(usage: Usage, network: Network, work: Work, shards: int) -> Usage:
     """FSDP2: weights, gradients and states are cut; layers are gathered as they are needed, all else for a pass."""
-    if work.method == "sift" and work.options.scope != "row":
+    if work.is_sparse and work.options.scope != "row":
         raise UnsupportedError(
             f"fsdp2 cuts weights into rows, and scope {work.options.scope} chooses over whole ones. Use row."
         )

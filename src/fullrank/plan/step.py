@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fullrank.factors import FactorConfig
 from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built
 from fullrank.optimizer import MethodOptimizer
@@ -50,7 +51,17 @@ class Work:
     @property
     def steps_in_backward(self) -> bool:
         """Whether a backward pass does more than leave gradients, so that the optimizer is traced with it."""
-        return self.method == "sift" or self.fused_backward
+        return self.is_sparse or self.fused_backward
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether chosen entries train, chosen in the first backward pass."""
+        return hasattr(self.options, "density")
+
+    @property
+    def trains_factors(self) -> bool:
+        """Whether LoRA's factors train beside frozen weights."""
+        return isinstance(self.options, FactorConfig)
 
     @property
     def key(self) -> str:
@@ -75,7 +86,7 @@ def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: i
     with quietly(), stand_in() as tracker:
         built = _at_work(model, network, work, tracker)
         _mark_layers(model, tracker)
-        passes = (FIRST, STEADY) if work.method == "sift" else (STEADY,)  # SIFT chooses in the first one
+        passes = (FIRST, STEADY) if work.is_sparse else (STEADY,)
         for name in passes:
             for is_last in (False, True) if work.accumulates else (True,):
                 tracker.is_accumulating = not is_last
@@ -151,7 +162,7 @@ def _step_in_backward(model: PreTrainedModel, built: Built, work: Work, tracker:
     optimizer = built.optimizer
     if isinstance(optimizer, MethodOptimizer):
         optimizer.init_states()
-    elif work.method != "sift":
+    elif not work.is_sparse:
         for parameter in _trained(built):
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()

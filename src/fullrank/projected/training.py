@@ -32,7 +32,7 @@ from fullrank.projected.matrix import Cut, MatrixStep
 from fullrank.projected.options import is_projected, projection_problems
 from fullrank.saved_state import StateSpec
 from fullrank.sharding import Asking, Request, Routine, Split, gradient_of, local, run_alone, run_together, split_of
-from fullrank.stepping import NO_EFFECT, has_no_effect, in_full, rounding_seed, rounds_at_random, stepped
+from fullrank.stepping import NO_EFFECT, has_no_effect, in_full, rounding_seed, stepped, steps_a_copy
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class ProjectedOptimizer(MethodOptimizer):
                     # the same number in all processes, whatever their parts: they must form the same waves
                     rows = -(-place.num_rows // place.split.num)
                     size = (rows + place.num_columns) * group["rank"]
-                    if rounds_at_random(parameter, group):
+                    if steps_a_copy(parameter, group):
                         size += rows * place.num_columns  # a copy of the weight in float32
                     cut.append((routine, place.split, size))
             for step, parameters in plain.items():
