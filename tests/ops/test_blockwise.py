@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fullrank.ops import blockwise
 from fullrank.ops.blockwise import block_of, decode, encode, scales_shape, zero_code
 
 SHAPES = [(40, 256), (7, 100), (5, 64), (300, 8), (3, 700), (2, 3, 128)]
@@ -101,3 +102,14 @@ def test_a_block_of_large_numbers_is_finite() -> None:
     """Their sum is not."""
     values = torch.full((2, 64), 3e38)
     assert torch.isfinite(back(values, squared=False)).all()
+
+
+def test_the_table_is_real_even_where_tensors_are_not() -> None:
+    """A plan makes steps without content; what trains after it in the same process must not find its table."""
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    blockwise._table.cache_clear()
+    with fake.FakeTensorMode():
+        tables = [blockwise._table(squared, torch.device("cpu")) for squared in (False, True)]
+    assert all(type(table) is Tensor and table.unique().numel() >= 255 for table in tables)
+    values = drawn(4, 256)
+    assert (back(values, squared=False) - values).norm() < 0.015 * values.norm()

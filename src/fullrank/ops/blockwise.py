@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -107,5 +108,6 @@ def _table(squared: bool, device: torch.device) -> Tensor:
     """The dynamic table of bitsandbytes, of the values that codes stand for (256): unsigned for second moments."""
     from bitsandbytes.functional import create_dynamic_map
 
-    table: Tensor = create_dynamic_map(signed=not squared).to(device)
-    return table
+    # In a thread of its own: a mode of this one, such as a planner's tensors without content, would stay in the cache.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: create_dynamic_map(signed=not squared).to(device)).result()

@@ -106,7 +106,7 @@ def _advice(rows: Mapping[str, Row], budget: Budget) -> Iterator[str]:
         yield ""
         yield f"{name} needs {gib(row.usage.peak - budget.usable)} GiB less:"
         for number, suggestion in enumerate(row.suggestions, 1):
-            yield from _wrapped(_said(suggestion, budget), f"  {number}. ")
+            yield from _wrapped(_said(suggestion, budget, is_first=number == 1), f"  {number}. ")
         if not row.suggestions or row.suggestions[-1].together > budget.usable:
             yield from _wrapped("no change that is known here makes it fit", "  - ")
     if any(row.largest for row in rows.values()):
@@ -117,13 +117,16 @@ def _advice(rows: Mapping[str, Row], budget: Budget) -> Iterator[str]:
             yield f"  {name}: {', '.join(map(_largest, row.largest))}"
 
 
-def _said(suggestion: Suggestion, budget: Budget) -> str:
-    change = suggestion.change
+def _said(suggestion: Suggestion, budget: Budget, *, is_first: bool) -> str:
+    change, saves = suggestion.change, suggestion.saves
     fits = "fits" if suggestion.together <= budget.usable else "not yet"
-    return (
-        f"{change.what} ({change.how}): saves {gib(suggestion.saves)} alone; with those above "
-        f"{gib(suggestion.together)} GiB, {fits}. Costs {change.cost}."
+    alone = f"saves {gib(saves)}" if saves > 0 else "saves nothing alone"
+    together = (
+        f"{alone}: {gib(suggestion.together)} GiB"
+        if is_first
+        else (f"{alone}{' alone' if saves > 0 else ''}, with what is above {gib(suggestion.together)} GiB")
     )
+    return f"{change.what} ({change.how}) {together}, {fits}. Costs {change.cost}."
 
 
 def _largest(found: Largest) -> str:
