@@ -26,10 +26,9 @@ def peak(planner: Planner, of: Setting) -> int:
     ("method", "work", "share"),
     [
         ("fira", {"batch_size": 1}, 0.8),
-        pytest.param("fira", {"batch_size": 4}, 0.6, marks=pytest.mark.slow),
         pytest.param("lora", {"batch_size": 1, "length": 64}, 0.75, marks=pytest.mark.slow),
     ],
-    ids=["fira", "fira-batch", "lora"],
+    ids=["fira", "lora"],
 )
 def test_suggestions_do_what_they_promise(planner: Planner, method: str, work: dict[str, Any], share: float) -> None:
     asked = setting(method, **work)

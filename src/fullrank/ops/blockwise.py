@@ -110,4 +110,5 @@ def _table(squared: bool, device: torch.device) -> Tensor:
 
     # In a thread of its own: a mode of this one, such as a planner's tensors without content, would stay in the cache.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: create_dynamic_map(signed=not squared).to(device)).result()
+        table: Tensor = pool.submit(lambda: create_dynamic_map(signed=not squared).to(device)).result()
+    return table

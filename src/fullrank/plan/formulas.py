@@ -74,7 +74,7 @@ def _activations(setting: Setting) -> int:
 def weight_bytes(network: Network, work: Work) -> int:
     """Parameters and buffers, and the factors that the method puts beside them."""
     held: list[Tensor] = [*network.whole.parameters(), *network.whole.buffers()]
-    return _sum(held) + _factor_bytes(network, work)
+    return _sum(held) + factor_bytes(network, work)
 
 
 def trained_bytes(network: Network, work: Work) -> int:
@@ -91,7 +91,7 @@ def trained_bytes(network: Network, work: Work) -> int:
     if _request(work) is None or bool(getattr(options, "warm_start_steps", False)):
         return _sum(model.parameters())
     beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()
-    return _factor_bytes(network, work) + _sum(beside)
+    return factor_bytes(network, work) + _sum(beside)
 
 
 def _sum(tensors: Iterable[Tensor]) -> int:
@@ -103,7 +103,8 @@ def _request(work: Work) -> AdapterRequest | None:
     return None if ask is None else ask(work.options)
 
 
-def _factor_bytes(network: Network, work: Work) -> int:
+def factor_bytes(network: Network, work: Work) -> int:
+    """Bytes of the factors that the method puts beside weights."""
     request = _request(work)
     if request is None:
         return 0

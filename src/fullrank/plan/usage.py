@@ -104,7 +104,7 @@ class Planner:
         except UntraceableError as error:
             logger.warning("activations are estimated by a formula: the step cannot be traced (%s)", error)
             found = replace(formulas.usage(setting, states, on_host), source="formula", why=str(error))
-            return self._placed(found, setting)
+            return self._placed(found, setting, None)
         if not work.steps_in_backward:  # they were traced without an optimizer
             moments = {region: _with_states(rows, states - on_host, on_host) for region, rows in moments.items()}
         gradients = most(moments, GRADIENTS)
@@ -127,14 +127,14 @@ class Planner:
             at_peak=held,
             where=where,
         )
-        return self._placed(found, setting)
+        return self._placed(found, setting, moments)
 
-    def _placed(self, found: Usage, setting: Setting) -> Usage:
+    def _placed(self, found: Usage, setting: Setting, moments: Moments | None) -> Usage:
         """In the type that the base is kept in, and on the GPUs that there are."""
         network, work = setting.network, setting.work
         if work.quantization is not None:
             found = coded(found, network, work.quantization)
-        return spread(found, network, work, setting.spread)
+        return spread(found, moments, network, work, setting.spread)
 
     def _moments(self, setting: Setting) -> Moments:
         """Every moment of the passes, for all layers and sequences of the setting."""
