@@ -1,9 +1,10 @@
-"""Update during backward is the ordinary loop, bit for bit, with one gradient alive at a time."""
+"""Update during backward is the ordinary loop, bit for bit, with one complete gradient alive at a time."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import io
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fullrank import (
@@ -384,6 +387,30 @@ class TestAccumulation:
         assert torch.equal(*weights)
         assert not torch.equal(weights[0], torch.ones_like(weights[0]))
 
+    @pytest.mark.parametrize("how", ["zero_grad", "load_state_dict", "detach"])
+    def test_what_is_held_is_dropped_with_the_gradients(self, how: str) -> None:
+        """A micro-batch that is thrown away leaves nothing in the step that follows."""
+        loops = [Loop(projected(GaLoreAdamW, basis="random"), fused=fused).run(range(1)) for fused in (True, False)]
+        loop = loops[0]
+        assert loop.fused is not None
+        state = copy.deepcopy(loop.optimizer.state_dict())
+        with loop.fused.accumulating():
+            loop.loss(torch.randint(VOCABULARY, (4, 6), generator=seeded(99))).backward()
+        if how == "load_state_dict":
+            loop.optimizer.load_state_dict(state)
+            loop.model.zero_grad()
+        elif how == "detach":
+            loop.fused.detach()
+            loop.model.zero_grad()
+            loop.fused = None
+        else:
+            loop.optimizer.zero_grad()
+        assert all(loop.optimizer.held(p) is None for p in loop.model.parameters())
+        for one in loops:
+            one.run(range(1, 3))
+        assert_same(loop.model, loops[1].model)
+        assert_same_state(loop.optimizer, loops[1].optimizer)
+
     @pytest.mark.parametrize("name", ["fira", "apollo", "adamw", "ours"])
     def test_is_refused_where_whole_gradients_are_needed(self, name: str) -> None:
         loop = Loop(OPTIMIZERS[name], fused=True, parts=2)
@@ -543,6 +570,43 @@ class TestLife:
         check_all_there(model)
         optimizer.step()
 
+    def test_a_model_that_it_knows_is_copied_and_saved(self) -> None:
+        """As an ordinary one, and without the optimizer."""
+        loop = Loop(OPTIMIZERS["fira"], fused=False)
+        loop.fused = FusedBackward(loop.optimizer, model=loop.model)
+        loop.run(range(2))
+        file = io.BytesIO()
+        torch.save(loop.model, file)
+        assert len(file.getvalue()) < 4 * sum(p.numel() for p in loop.model.parameters()) + 20_000
+        read = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        copied: dict[int, Any] = {}
+        twin = copy.deepcopy(loop.model, copied)
+        assert id(loop.optimizer) not in copied
+        for model in (twin, AveragedModel(loop.model).module, read):
+            assert_same(model, loop.model)
+            model.zero_grad()
+            model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
+            check_all_there(model)
+        loop.run(range(2, len(STEPS)))
+        assert_same(loop.model, Loop(OPTIMIZERS["fira"], fused=False).run().model)
+
+    def test_a_model_keeps_no_optimizer(self) -> None:
+        model = Network()
+        optimizer = OPTIMIZERS["fira"](model)
+        gone = weakref.ref(FusedBackward(optimizer, model=model))
+        del optimizer
+        gc.collect()
+        assert gone() is None
+        model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
+        check_all_there(model)
+
+    def test_a_step_without_gradients_has_no_norm(self) -> None:
+        loop = Loop(OPTIMIZERS["adamw"], fused=True).run(range(1))
+        assert loop.fused is not None
+        assert loop.fused.grad_norm > 0
+        loop.optimizer.step()
+        assert loop.fused.grad_norm == 0
+
     def test_hooks_of_steps_are_called_once(self) -> None:
         for name in ("fira", "adamw"):
             loop, calls = Loop(OPTIMIZERS[name], fused=True), []
@@ -600,6 +664,26 @@ class TestBytes:
         for parameter in loop.model.blocks.parameters():
             parameter.requires_grad_(False)
         assert loop.fused.gradient_bytes() == 4 * VOCABULARY * WIDTH
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_parts_of_a_gradient_from_two_places(self, tied: bool) -> None:
+        """What autograd holds of tied embeddings: the head's part, the embedding's, and their sum."""
+        model = nn.Sequential(nn.Embedding(4096, 32), nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        model.append(nn.Linear(32, 4096, bias=False))
+        if tied:
+            model[4].weight = model[0].weight
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=False)
+        fused = FusedBackward(optimizer, model=model)
+        loss = model(torch.arange(2)).sum()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            loss.backward()
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        assert fused.gradient_bytes() == (3 if tied else 1) * 4 * 4096 * 32
+        assert most == pytest.approx(fused.gradient_bytes(), rel=0.15)
 
     def test_values_of_sift_stay(self) -> None:
         model = Network()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,6 +183,12 @@ def refused(place: Place) -> dict[str, Any]:
         "wrapped before": said(wrapped_before),
         "unwrapped": said(lambda: start(Fused(plan, "alone"), "ddp").plain(batch(0)[:, :-1])),
         "unfinished": said(unfinished),
+        "old wrapper": said(old_wrapper),
+        "copy": said(wrapped_copy),
+        "frozen matrix": said(lambda: trains_later(2)),
+        "frozen vector": said(lambda: trains_later(1)),
+        "between": said(lambda: trains_later(1, at_once=True)),
+        "join": said(joined),
         "accumulation": said(lambda: start(Fused(Plan("fira", accumulation=2), "ddp"), "ddp").steps(range(1))),
     }
 
@@ -199,6 +206,78 @@ def unfinished() -> None:
     with run.model.no_sync():
         loss_of(run.model, batch(0)).backward()
     run.built.optimizer.step()
+
+
+def small() -> tuple[nn.Module, FiraAdamW]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    return model, FiraAdamW(divide_params(model, [""], rank=2), lr=1e-2)
+
+
+def a_step(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    wrapped(torch.full((2, 6), 1.0 + torch.distributed.get_rank())).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assert_one(model: nn.Module) -> None:
+    """Weights are those of the first process in all of them."""
+    for parameter in model.parameters():
+        first = parameter.detach().clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(parameter, first)
+
+
+def old_wrapper() -> None:
+    """Anew it trains on: ordinarily, and with another one."""
+    model, optimizer = small()
+    with FusedBackward(optimizer, model=model) as fused:
+        wrapped = DistributedDataParallel(model)
+        a_step(wrapped, optimizer)
+    a_step(DistributedDataParallel(model), optimizer)
+    fused = FusedBackward(optimizer, model=model)
+    a_step(wrapped, optimizer)  # which leaves alone what this one averages
+    assert_one(model)
+    fused.detach()
+    a_step(wrapped, optimizer)
+
+
+def wrapped_copy() -> None:
+    model, optimizer = small()
+    FusedBackward(optimizer, model=model)
+    twin = copy.deepcopy(model)
+    ordinary = torch.optim.AdamW(twin.parameters())
+    wrapped = DistributedDataParallel(twin)
+    message = said(lambda: a_step(wrapped, ordinary))
+    a_step(DistributedDataParallel(twin), ordinary)
+    a_step(DistributedDataParallel(model), optimizer)
+    assert_one(twin)
+    assert_one(model)
+    raise UnsupportedError(message)
+
+
+def trains_later(ndim: int, *, at_once: bool = False) -> None:
+    """What was frozen when DDP wrapped the model; wrapped anew it is averaged."""
+    model, optimizer = small()
+    frozen = next(parameter for parameter in model.parameters() if parameter.ndim == ndim)
+    frozen.requires_grad_(False)
+    FusedBackward(optimizer, model=model)
+    wrapped = DistributedDataParallel(model)
+    if not at_once:
+        a_step(wrapped, optimizer)
+    frozen.requires_grad_(True)
+    message = said(lambda: a_step(wrapped, optimizer))
+    a_step(DistributedDataParallel(model), optimizer)
+    assert_one(model)
+    raise UnsupportedError(message)
+
+
+def joined() -> None:
+    model, optimizer = small()
+    FusedBackward(optimizer, model=model)
+    wrapped = DistributedDataParallel(model)
+    with wrapped.join():
+        a_step(wrapped, optimizer)
 
 
 def said(action: Callable[[], Any]) -> str:
@@ -262,6 +341,12 @@ def test_what_cannot_work_is_refused(case: Case, world: int, outcome: Any) -> No
     assert "wrap that very model then" in found["unwrapped"]
     assert "outside of accumulating()" in found["unfinished"]
     assert "needs the gradient of all micro-batches" in found["accumulation"]
+    assert "Wrap the model anew" in found["old wrapper"]
+    assert "Wrap the model anew" in found["copy"]
+    assert "0.weight may have been frozen" in found["frozen matrix"]
+    assert "0.bias may have been frozen" in found["frozen vector"]
+    assert "0.bias" in found["between"]
+    assert "leave join() out" in found["join"]
 
 
 def test_the_loop_of_one_process_is_one() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fullrank.plan import Planner, Setting
-from fullrank.plan.advice import LARGEST_BATCH, largest, suggestions
+from fullrank.plan.advice import LARGEST_BATCH, _search, largest, suggestions
 from fullrank.plan.spread import Spread
 from tests.plan.real import network, setting
 
@@ -63,7 +63,26 @@ def test_nothing_makes_it_fit(planner: Planner) -> None:
     assert not found or found[-1].together > 1000
 
 
-@pytest.mark.parametrize("method", ["fira", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sift", "lora"))])
+@pytest.mark.parametrize(
+    "need",
+    [lambda n: 7 * n, lambda n: 50 + n * n // 40, lambda n: 900 + (n > 333), lambda n: None if n > 60 else n],
+    ids=["line", "curve", "step", "refused"],
+)
+@pytest.mark.parametrize("start", [1, 64, 1000])
+def test_the_search_finds_the_last_that_fits(need: Any, start: int) -> None:
+    fits = [n for n in range(1, 1001) if need(n) is not None and need(n) <= 900]
+    asked: list[int] = []
+
+    def counted(number: int) -> Any:
+        asked.append(number)
+        return need(number)
+
+    assert _search(counted, 900, 1000, start) == max(fits)
+    assert len(asked) <= 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["galore", "sift", "lora"])
 def test_one_more_does_not_fit(planner: Planner, method: str) -> None:
     asked = setting(method, batch_size=1, length=8)
     usable = int(1.08 * peak(planner, asked))
@@ -80,6 +99,7 @@ def test_one_more_does_not_fit(planner: Planner, method: str) -> None:
             assert peak(planner, changed(one.value + step)) > usable
 
 
+@pytest.mark.slow
 def test_largest_knows_its_bounds(planner: Planner) -> None:
     asked = setting("galore")
     assert [one.value for one in largest(planner, asked, 1000)] == [None, None]

@@ -140,7 +140,7 @@ def test_without_the_tracker_a_formula_is_used_and_named(monkeypatch: pytest.Mon
         ({"batch_size": 0}, {}, "at least 1"),
         ({"vocab_size": 1}, {}, "at least 2"),
         ({"figure": "plan.pdf"}, {}, ".png or .svg"),
-        ({"json": "/nowhere/plan.json"}, {}, "folder that exists"),
+        ({"json": "/nowhere/plan.json"}, {}, "folder that can be written"),
         ({"methods": ["full"]}, {"method.rank": "8"}, "method.rank"),
         ({"methods": ["full"]}, {"fira.rank": "8"}, "not planned"),
         ({"methods": ["fira"]}, {"fira.rnak": "8"}, "method.rank"),
@@ -186,3 +186,29 @@ def test_a_7b_model_is_planned_without_its_weights() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) * 1024 < 3 << 30  # its weights alone are 12.6 GiB
+
+
+def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
+    """Of the tokenizer that it trains, or of the model that it has left."""
+
+    def size(config: str, **overrides: int) -> int:
+        given = {key.replace("__", "."): value for key, value in overrides.items()}
+        return int(settings_of(PlanOptions(config=config), given)["fira"].network.config.vocab_size)
+
+    assert size("quickstart") == 2048
+    assert size("quickstart", data__vocab_size=1000) == 1000
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text("method: {name: fira}\ndata: {tokenizer: some/tokenizer}\n", encoding="utf-8")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 777}', encoding="utf-8")
+    assert size(str(tmp_path)) == 777
+
+
+def test_methods_that_do_not_fit_the_model_are_left_out() -> None:
+    """Unless they were asked for by name: rank 128 of the defaults is more than the side of these matrices."""
+    small = {"model.overrides": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}}
+    found = plan(PlanOptions(model="llama-9m", sequence_length=16), small)
+    assert {"full", "sift"} <= set(found.rows)
+    assert "rank must be" in found.unfit["fira"]
+    assert "Not planned: fira" in str(found)
+    with pytest.raises(ConfigError, match=r"fira: rank must be"):
+        plan(PlanOptions(model="llama-9m", sequence_length=16, methods=["fira"]), small)

@@ -13,8 +13,8 @@ from tests.plan.real import network, setting
 
 WAYS: list[Any] = [
     ("full", {}),
-    ("sift", {}),
-    ("fira", {"fused_backward": True, "checkpointing": True}),
+    pytest.param("sift", {}, marks=pytest.mark.slow),
+    pytest.param("fira", {"fused_backward": True, "checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("lora", {"checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("relora", {"accumulates": True, "autocast": True}, marks=pytest.mark.slow),
 ]
@@ -41,6 +41,7 @@ def test_sequences(method: str, work: dict[str, Any]) -> None:
         np.testing.assert_array_equal(rows, five[region], err_msg=str(region))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["galore", "apollo"])
 def test_temporaries_of_a_step(method: str) -> None:
     work = setting(method).work
@@ -48,6 +49,7 @@ def test_temporaries_of_a_step(method: str) -> None:
     assert found[2] == pytest.approx(max(found[0], found[0] + 2 * (found[1] - found[0])), rel=0.01)
 
 
+@pytest.mark.slow
 def test_layers_that_differ_are_all_traced(tmp_path: Any) -> None:
     from transformers import Gemma2Config
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from fullrank import ConfigError, FiraAdamW, FusedBackward, UnsupportedError, divide_params
 from fullrank.errors import TrainingError
+from fullrank.fused import fused_on
 from fullrank.train import run
 from fullrank.train.fused import FusedSteps
 from fullrank.train.report import read_metrics
@@ -138,7 +139,7 @@ class Tokens(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def trained_by_a_trainer(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
+def trainer_of(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
     """A Trainer of one's own, which makes the optimizer itself."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -148,15 +149,53 @@ def trained_by_a_trainer(folder: Path, callbacks: list[Any], **settings: Any) ->
         **{"max_steps": 4, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "none"} | settings,
     )
     groups = divide_params(model, ["attn", "mlp"], rank=4)
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=Tokens(),
         optimizer_cls_and_kwargs=(FiraAdamW, {"params": groups, "lr": 1e-2}),
         callbacks=callbacks,
     )
+
+
+def trained_by_a_trainer(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
+    trainer = trainer_of(folder, callbacks, **settings)
     trainer.train()
     return trainer
+
+
+def test_training_that_is_called_again(tmp_path: Path) -> None:
+    """The bound of clipping stays, and another Trainer with the same callback trains as the first did."""
+    settings = {"max_grad_norm": 1e-3, "max_steps": 2, "save_strategy": "no"}
+    steps = FusedSteps()
+    first = trained_by_a_trainer(tmp_path, [steps], **settings)
+    assert first.args.max_grad_norm == 1e-3
+    assert steps.fused is not None
+    assert steps.fused.max_grad_norm == 1e-3
+    second = trained_by_a_trainer(tmp_path, [steps], **settings)
+    assert steps.fused.optimizer is getattr(second.optimizer, "optimizer", second.optimizer)
+    assert fused_on(getattr(first.optimizer, "optimizer", first.optimizer)) is None
+    for (name, one), other in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    logged = [[row["grad_norm"] for row in one.state.log_history if "loss" in row] for one in (first, second)]
+    assert logged[0] == logged[1]
+    second.train()
+    assert steps.fused.max_grad_norm == second.args.max_grad_norm == 1e-3
+
+
+class Interrupted(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise KeyError("interrupted")
+
+
+def test_training_after_an_error_is_clipped(tmp_path: Path) -> None:
+    steps = FusedSteps()
+    trainer = trainer_of(tmp_path, [steps, Interrupted()], max_grad_norm=0.5, max_steps=1, save_strategy="no")
+    for _ in range(2):
+        with pytest.raises(KeyError, match="interrupted"):
+            trainer.train()
+        assert steps.fused is not None
+        assert steps.fused.max_grad_norm == 0.5
 
 
 @pytest.mark.slow

@@ -146,6 +146,6 @@ def statistic_bytes(model: nn.Module) -> int:
     """Bytes of what decodes a model's codes: no parameters, but as long as these held."""
     total = 0
     for layer in model.modules():
-        if is_quantized(getattr(layer, "weight", None)):
+        if is_quantized(layer._parameters.get("weight")):  # its own: PEFT's layers show that of the one they wrap
             total += sum(t.numel() * t.element_size() for name, t in codes_of(layer).items() if name != "weight")
     return total

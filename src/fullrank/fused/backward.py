@@ -1,8 +1,9 @@
 """The hooks: from a gradient that has just arrived to the step of its parameter.
 
-At most one gradient is alive at a time (a few under DDP, a layer's shards under FSDP2), where an ordinary loop keeps
-all of them from the backward pass to the step. States stay in the optimizer, and options are read as a step is taken,
-so schedules, checkpoints and resumed runs are those of the ordinary loop.
+At most one complete gradient is alive at a time (a few under DDP, a layer's shards under FSDP2), and the parts of one
+that comes from several places (tied embeddings), where an ordinary loop keeps all of them until the step. States stay
+in the optimizer, and options are read as a step is taken, so schedules, checkpoints and resumed runs are those of the
+ordinary loop.
 """
 
 from __future__ import annotations
@@ -115,11 +116,15 @@ class FusedBackward:
         return None
 
     def detach(self) -> None:
-        """Take all hooks back: training goes on as an ordinary loop, under DDP after the model is wrapped anew."""
+        """Take all hooks back, and drop sums of micro-batches: training goes on as an ordinary loop.
+
+        Under DDP wrap the model anew: the old wrapper leaves the matrices alone, and its next forward pass is refused.
+        """
         for handle in (*self._handles.values(), *getattr(self, "_step_handles", ())):
             handle.remove()
         if (copies := getattr(self, "_copies", None)) is not None:
             copies.leave()
+        self._sums.forget()
         self._handles, self._step_handles, self._copies = {}, [], None
 
     def __enter__(self) -> Self:
@@ -187,7 +192,8 @@ class FusedBackward:
         """Around the backward passes of all micro-batches but the last (or DDP's ``no_sync``, which says as much).
 
         The gradients of GaLore's matrices are projected, freed and summed in the subspace; a basis that is due is made
-        from the first micro-batch. SIFT sums its entries. What trains beside them keeps its gradient.
+        from the first micro-batch. SIFT sums its entries. What trains beside them keeps its gradient. To drop a
+        micro-batch call ``optimizer.zero_grad()``: the model's own does not reach the sums.
 
         Raises:
             UnsupportedError: If the method needs the whole gradient.
@@ -280,6 +286,9 @@ class FusedBackward:
 
     def gradient_bytes(self, *, accumulates: bool = False) -> int:
         """Bytes of gradients that are alive at a time in this process, at most.
+
+        The parts of a gradient that comes from several places of the model, as of tied embeddings, are counted where
+        FusedBackward was given the model, unless that is sharded.
 
         Args:
             accumulates: Whether several backward passes go into a step.

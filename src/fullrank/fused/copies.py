@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fullrank import sharding
 from fullrank.errors import UnsupportedError
+from fullrank.fused.gate import Gate
 from fullrank.fused.pieces import Pieces
 from fullrank.sparse import IGNORED, names_of
 
@@ -49,13 +50,11 @@ class Copies:
         self._order = [parameter for parameter in reversed(matrices) if parameter not in kept]
         """The parameters that are averaged here, in the order in which they are sent."""
         self._mine = set(self._order)
-        self._names = names_of(model, self._order)
-        setattr(model, IGNORED, [*getattr(model, IGNORED, ()), *self._names])
-        self._handles = [
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward),
-        ]
+        self._gate = Gate(names_of(model, self._order), self)
+        self._gate.open(model)
         self._wrapper: Any = None
+        self._ddps: set[Tensor] = set()
+        """Parameters that trained when this wrapper was first seen, and that it averages."""
         self._group: Any = None
         self._is_order_known = self._is_watched = self._accumulates = False
         self._idle: set[Tensor] = set()
@@ -74,9 +73,7 @@ class Copies:
 
     def leave(self) -> None:
         """Let DDP have the parameters again, where it wraps the model anew."""
-        setattr(self.model, IGNORED, [name for name in getattr(self.model, IGNORED, ()) if name not in self._names])
-        for handle in self._handles:
-            handle.remove()
+        self._gate.close(self.model)
         if self._group is not None:
             sharding.leave_group(self._group)
 
@@ -100,10 +97,8 @@ class Copies:
 
     # A forward pass.
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def before_forward(self, module: nn.Module) -> None:
         """Find the processes, and start from the same weights."""
-        if not torch.is_grad_enabled():
-            return
         if getattr(module, "_is_replica", False):
             raise UnsupportedError(
                 "nn.DataParallel hands over all gradients at once, so nothing can be stepped early. Start one process "
@@ -115,13 +110,19 @@ class Copies:
             if sharding.num_processes() > 1 and self.model.training:
                 raise UnsupportedError(self._how_to())
             return
-        if not wrapper.parameters_to_ignore.issuperset(self._names):
+        if not wrapper.parameters_to_ignore.issuperset(self._gate.names):
             raise UnsupportedError(self._how_to())
+        if wrapper._join_config.enable:
+            raise UnsupportedError(
+                "join() lets a process that has no more inputs take part in what DistributedDataParallel sends, and "
+                "FusedBackward sends the gradients. Give all processes as many batches, and leave join() out."
+            )
         self.is_together = True
         self._sends = bool(wrapper.require_backward_grad_sync)
         self._end_pass()
         if wrapper is not self._wrapper:
             self._start_alike(wrapper)
+        self._refuse_unknown(wrapper)
 
     def _how_to(self) -> str:
         return (
@@ -136,13 +137,27 @@ class Copies:
         if self._group is not None:
             sharding.leave_group(self._group)
         self._wrapper, self._is_order_known = wrapper, False
+        self._ddps.clear()
         self._group = sharding.own_group(wrapper.process_group)  # its collectives may come between those of DDP
         weights = [parameter.detach() for parameter in self._order]
         sharding.broadcast(weights, sharding.first_process(self._group), self._group)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _refuse_unknown(self, wrapper: Any) -> None:
+        """Raise if what trains now was frozen when DDP wrapped the model: it averages no gradients of it."""
+        left = {name: p for name, p in self.model.named_parameters() if name not in wrapper.parameters_to_ignore}
+        trained = {parameter: name for name, parameter in left.items() if parameter.requires_grad}
+        if not self._ddps and len(trained) <= wrapper._get_ddp_logging_data()["num_parameter_tensors"]:
+            self._ddps.update(trained)
+        if unknown := [name for parameter, name in trained.items() if parameter not in self._ddps]:
+            raise UnsupportedError(
+                f"{', '.join(unknown[:3])}{' and others' * (len(unknown) > 3)} may have been frozen when "
+                "DistributedDataParallel wrapped the model, which then averages no gradients of theirs. Wrap the model "
+                "anew after parameters begin to train: DistributedDataParallel(model)."
+            )
+
+    def after_forward(self, output: Any) -> None:
         """Notice the backward pass that will start from these outputs."""
-        if not self.is_together or not torch.is_grad_enabled():
+        if not self.is_together:
             return
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:

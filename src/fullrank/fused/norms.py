@@ -64,7 +64,9 @@ class Meter:
         self._known[parameter] = weakref.ref(tensor), tensor._version
 
     def end_step(self) -> None:
-        """Note that the optimizer has stepped; the norms stay until the next gradient."""
+        """Note that the optimizer has stepped; the norms stay until the next gradient, or a step without any."""
+        if self._is_over:
+            self._norms = {}
         self._is_over = True
 
     def is_known(self, parameter: Tensor, tensor: Tensor) -> bool:

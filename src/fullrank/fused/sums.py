@@ -55,6 +55,11 @@ class Sums:
         self._summed.hold([self._seats[parameter]])
         parameter.grad = None
 
+    def forget(self) -> None:
+        """Drop all that is held."""
+        if self._summed is not None:
+            self._summed.forget()
+
     def needs_gradient(self, parameter: Tensor) -> bool:
         """Whether ``hold`` would make a basis from the gradient."""
         return (

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.plan.spread import Spread
 from fullrank.plan.usage import Planner, Setting, Usage
+from fullrank.train.model import PAPER_SIZES
 
 NODE = 8
 """GPUs of a machine, which a model may be spread over."""
@@ -67,7 +68,8 @@ def suggestions(planner: Planner, setting: Setting, usable: int) -> list[Suggest
     together are not enough, those that save something are left.
     """
     taken = _added(planner, setting, usable)
-    for change in sorted(taken, key=lambda one: -one.harm):
+    last_first = taken[::-1]  # of several ranks the lowest
+    for change in sorted(last_first, key=lambda one: -one.harm):
         others = [one for one in taken if one is not change]
         with_it, without = _together(planner, setting, taken), _together(planner, setting, others)
         if without is not None and with_it is not None and without <= max(usable, with_it * (1 + NOTABLE)):
@@ -186,10 +188,11 @@ def _of_states(setting: Setting) -> Iterator[Change]:
             2,
             lambda one: one.using(state_dtype="8bit"),
         )
-    if work.quantization is None and work.trains_factors and not options.warm_start_steps:
+    is_fresh = setting.network.model.name in PAPER_SIZES  # with nothing trained in it
+    if work.quantization is None and work.trains_factors and not options.warm_start_steps and not is_fresh:
         yield Change(
             "an 8-bit base",
-            "--model.quantization int8",
+            "--model.pretrained true --model.quantization int8",
             "quality: frozen weights are rounded",
             2,
             lambda one: replace(one, work=replace(one.work, quantization="int8")),
@@ -265,14 +268,14 @@ def _search(need: Callable[[int], int | None], usable: int, bound: int, start: i
             known[number] = usable + 1 if found is None else found
         return known[number] <= usable
 
-    low, high, guess = 0, bound + 1, min(start, bound)
+    low, high, guess, by_line = 0, bound + 1, min(start, bound), True
     while high - low > 1:
         low, high = (guess, high) if fits(guess) else (low, guess)
-        if low == guess and high - low > 1 and not fits(low + 1):
-            high = low + 1
-        elif low == guess and high - low > 1:
-            low += 1
-        guess = _guess(known, usable, low, high)
+        following = low + 1 if low == guess else high - 1
+        if by_line and low < following < high:  # the number beside a guess settles it, if the line was right
+            low, high = (following, high) if fits(following) else (low, following)
+        by_line = not by_line  # halving in between, so that a bend costs few more
+        guess = _guess(known, usable, low, high) if by_line else (low + high) // 2
     return low or None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from fullrank.plan.network import make_network
 from fullrank.plan.spread import Spread
 from fullrank.plan.step import Work
 from fullrank.plan.usage import Setting
-from fullrank.train.config import SECTIONS, DataConfig, GlueConfig, RunConfig
+from fullrank.train.config import SECTIONS, TRAINED, DataConfig, GlueConfig, RunConfig
 from fullrank.train.model import PAPER_SIZES
 from fullrank.train.recipes import load_recipe, method_section, nearest
 from fullrank.train.resolve import resolve
@@ -54,7 +55,7 @@ class PlanOptions:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Data type of the weights; null: that of `config`, or bfloat16."""
     vocab_size: int | None = None
-    """Tokens of the vocabulary; null: those of the model, of a size of the papers 32,000."""
+    """Tokens of the vocabulary; null: those of the run that is planned, as far as it says; of the model, or 32,000."""
     gradient_checkpointing: bool | None = None
     """Compute activations a second time instead of keeping them; null: as `config` has it, or not."""
     fused_backward: bool | None = None
@@ -144,12 +145,26 @@ def settings_of(options: PlanOptions, overrides: Mapping[str, Any] | None = None
         base["output_dir"] = None
         given = short | _for_method(overrides, name) | {"method.name": name}
         try:
-            found[name] = _setting(resolve(base, given), options)
+            run = resolve(base, given)
+            known = options.vocab_size
+            if known is None and (recipe or "data.vocab_size" in overrides):
+                known = _vocabulary(run, options.config)
+            found[name] = _setting(run, replace(options, vocab_size=known))
         except ConfigError as error:
             problems += [f"{name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return found
+
+
+def _vocabulary(run: RunConfig, config: str | None) -> int | None:
+    """Tokens of a run's vocabulary: of the model that it has left, or of the tokenizer that it trains, at most."""
+    left = None if config is None else Path(config) / "model" / "config.json"
+    if left is not None and left.is_file():
+        return int(json.loads(left.read_text(encoding="utf-8"))["vocab_size"])
+    if isinstance(run.data, DataConfig) and run.data.tokenizer == TRAINED and not run.model.pretrained:
+        return run.data.vocab_size
+    return None
 
 
 def _recipe_of(config: str) -> str:

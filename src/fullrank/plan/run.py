@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fullrank.analysis.figure import require_drawing
-from fullrank.errors import ConfigError
+from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.plan.advice import Largest, Suggestion, largest, suggestions, variants
 from fullrank.plan.options import Budget, PlanOptions, budget_of, settings_of
 from fullrank.plan.table import option_of, terminal, where
@@ -43,9 +44,11 @@ class Plan:
     """By method."""
     budget: Budget | None
     """Memory of the GPU that was given."""
+    unfit: Mapping[str, str]
+    """Methods that were not asked for by name and cannot train this model so, and why."""
 
     def __str__(self) -> str:
-        return terminal(self.rows, self.budget)
+        return terminal(self.rows, self.budget, self.unfit)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was found, in plain values; all sizes in bytes."""
@@ -59,7 +62,14 @@ class Plan:
         }
         gpu = None if self.budget is None else {**asdict(self.budget), "usable": self.budget.usable}
         methods = {name: _row(row, self.budget) for name, row in self.rows.items()}
-        return {"format": FORMAT, **about, "gpu": gpu, "methods": methods, "versions": versions()}
+        return {
+            "format": FORMAT,
+            **about,
+            "gpu": gpu,
+            "methods": methods,
+            "unfit": dict(self.unfit),
+            "versions": versions(),
+        }
 
 
 def plan(options: PlanOptions, overrides: Mapping[str, Any] | None = None) -> Plan:
@@ -76,9 +86,13 @@ def plan(options: PlanOptions, overrides: Mapping[str, Any] | None = None) -> Pl
     budget = budget_of(options)
     _check_files(options)
     planner = Planner()
-    rows = {}
+    rows, unfit = {}, dict[str, str]()
     for name, setting in settings_of(options, overrides).items():
-        usage = planner.usage(setting)
+        try:
+            usage = planner.usage(setting)
+        except (ConfigError, UnsupportedError) as error:
+            unfit[name] = str(error)
+            continue
         is_wanted = options.json is not None or options.figure is not None
         advice, limits = list[Suggestion](), list[Largest]()
         if budget is not None and usage.peak > budget.usable:
@@ -87,13 +101,18 @@ def plan(options: PlanOptions, overrides: Mapping[str, Any] | None = None) -> Pl
         if budget is not None and planner.usage(fitting).peak <= budget.usable:
             limits = largest(planner, fitting, budget.usable)
         rows[name] = Row(setting, usage, variants(planner, setting) if is_wanted else {}, advice, limits)
-    found = Plan(rows, budget)
-    if options.json is not None:
-        write_whole(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
-    if options.figure is not None:
-        from fullrank.plan.draw import draw, write
+    if unfit and (options.methods or not rows):
+        raise ConfigError("\n".join(f"{name}: {why}" for name, why in unfit.items()))
+    found = Plan(rows, budget, unfit)
+    try:
+        if options.json is not None:
+            write_whole(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
+        if options.figure is not None:
+            from fullrank.plan.draw import draw, write
 
-        write(draw(rows, budget, str(found).split("\n", maxsplit=1)[0]), Path(options.figure))
+            write(draw(rows, budget, str(found).split("\n", maxsplit=1)[0]), Path(options.figure))
+    except OSError as error:
+        raise ConfigError(f"the plan cannot be written: {error}. Choose another file.") from error
     return found
 
 
@@ -101,8 +120,12 @@ def _check_files(options: PlanOptions) -> None:
     """Check that what is asked for can be written, before any work is done for it."""
     for key in ("json", "figure"):
         value = getattr(options, key)
-        if value is not None and (Path(value).is_dir() or not Path(value).parent.is_dir()):
-            raise ConfigError(f"{key} must be a file in a folder that exists, got {value!r}. Change it.")
+        if value is None:
+            continue
+        if Path(value).is_dir() or not Path(value).parent.is_dir() or not os.access(Path(value).parent, os.W_OK):
+            raise ConfigError(f"{key} must be a file in a folder that can be written, got {value!r}. Change it.")
+    if options.json is not None and options.json == options.figure:
+        raise ConfigError(f"json and figure are the same file, {options.json}. Change one.")
     if options.figure is not None:
         require_drawing()
 

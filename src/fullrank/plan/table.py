@@ -20,12 +20,14 @@ COLUMNS = ("weights", "gradients", "states", "activations", "step", "peak")
 """Of bytes."""
 
 
-def terminal(rows: Mapping[str, Row], budget: Budget | None) -> str:
+def terminal(rows: Mapping[str, Row], budget: Budget | None, unfit: Mapping[str, str]) -> str:
     """All of a plan, for people."""
     first = next(iter(rows.values())).setting
     header = ["method", "", *COLUMNS, "most in", *(["fits"] if budget else [])]
     cells = [_cells(name, row, budget) for name, row in rows.items()]
     parts = [_title(first), "", text_table(header, cells, num_left=2), "", *_legend(rows)]
+    for name, why in unfit.items():
+        parts += ["", *textwrap.wrap(f"Not planned: {name}: {why}", WIDTH)]
     if budget is not None:
         parts += ["", *_advice(rows, budget)]
     return "\n".join(parts)

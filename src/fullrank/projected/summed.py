@@ -29,6 +29,20 @@ class SummedOptimizer(ProjectedOptimizer):
         """The sum R of a matrix so far (own rows x r), to be changed in place only; None: nothing is held."""
         return None if self._held is None else self._held.get(parameter)
 
+    def forget(self) -> None:
+        """Drop what is held."""
+        self._held = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, and what is held of them."""
+        self.forget()
+        super().zero_grad(set_to_none=set_to_none)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As any of ours; what is held belongs to the state before."""
+        super().load_state_dict(state_dict)
+        self.forget()
+
     def needs_gradient(self, seat: Seat) -> bool:
         """Whether ``hold`` would make the basis of a projected matrix from its gradient."""
         group = self.param_groups[seat[0]]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.fused import FusedBackward
+from fullrank.fused import FusedBackward, fused_on
 from fullrank.sharding import is_sharded, num_processes
 from fullrank.train.config import RunConfig
 
@@ -116,30 +116,50 @@ class FusedSteps(TrainerCallback):
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None, model: nn.Module | None = None) -> None:
         self.fused: FusedBackward | None = None
+        self._taken: tuple[TrainingArguments, float] | None = None
+        """Arguments whose bound of clipping was taken over, and that bound."""
         if optimizer is not None:
             self.fused = FusedBackward(optimizer, model=model, is_accumulating=_is_accumulating)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the hooks on, now that the parameters are those that train.
+        """Put the hooks on, now that the parameters are those that train, and anew for another optimizer.
 
         Raises:
             UnsupportedError: If the model was wrapped before it could be prepared, or a step takes several backward
                 passes whose gradients cannot be summed in small.
         """
-        if self.fused is None:
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        if self.fused is None or fused_on(optimizer) is not self.fused:
             model = kwargs["model"]
             if num_processes() > 1 and not any(map(is_sharded, model.parameters())):
                 raise UnsupportedError(
                     "DistributedDataParallel has wrapped the model already. Make FusedSteps(optimizer, model) before "
                     "the Trainer, and give it both."
                 )
-            self.fused = FusedBackward(kwargs["optimizer"], is_accumulating=_is_accumulating)
+            if self.fused is not None:
+                self.fused.detach()
+            self.fused = FusedBackward(optimizer, is_accumulating=_is_accumulating)
         if args.gradient_accumulation_steps > 1:
             self.fused.refuse_accumulation()
+        self._give_bound_back()
+        self._taken = args, args.max_grad_norm
         self.fused.max_grad_norm = args.max_grad_norm or None
         args.max_grad_norm = 0.0
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the arguments back as they were; the hooks stay, for training that goes on."""
+        self._give_bound_back()
+
+    def _give_bound_back(self) -> None:
+        """At the end of training, or when it begins again after an error."""
+        if self._taken is not None:
+            args, bound = self._taken
+            args.max_grad_norm = args.max_grad_norm or bound
+            self._taken = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report the norm of the last step's gradients."""
