@@ -133,7 +133,7 @@ def test_without_the_tracker_a_formula_is_used_and_named(monkeypatch: pytest.Mon
         ({"methods": ["firra"]}, {}, "Did you mean fira"),
         ({"methods": ["fira", "fira"]}, {}, "twice"),
         ({"gpu": "much"}, {}, "24GB"),
-        ({"gpu": "-1"}, {}, "above 0"),
+        ({"gpu": "-1"}, {}, "size of memory"),
         ({"reserve": "1GB"}, {}, "Give --gpu"),
         ({"gpu": "1GB", "reserve": "2GB"}, {}, "Lower it"),
         ({"gpus": 0}, {}, "at least 1"),
@@ -204,7 +204,7 @@ def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
 
 
 def test_methods_that_do_not_fit_the_model_are_left_out() -> None:
-    """Unless they were asked for by name: rank 128 of the defaults is more than the side of these matrices."""
+    """Rank 128 of the defaults is more than the side of these matrices; where none is left, that is an error."""
     small = {"model.overrides": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}}
     found = plan(PlanOptions(model="llama-9m", sequence_length=16), small)
     assert {"full", "sift"} <= set(found.rows)

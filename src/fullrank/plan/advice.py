@@ -92,7 +92,8 @@ def _added(planner: Planner, setting: Setting, usable: int) -> list[Change]:
         if change is None:
             break
         tried.add(change.what)
-        if _peak(planner, change.apply(now)) is not None:  # else this method does not take it
+        after = _peak(planner, change.apply(now))
+        if after is not None and after <= peak:  # else this method does not take it, or loses by it
             taken.append(change)
             now = change.apply(now)
     return taken

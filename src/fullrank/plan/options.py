@@ -22,6 +22,8 @@ from fullrank.train.resolve import resolve
 
 UNITS = {"": 1 << 30, "g": 1 << 30, "m": 1 << 20}
 """Bytes of a unit; cards are sold in GB and have GiB."""
+MOST = 1 << 40
+"""Bytes that no GPU has: a number without a unit that comes to more was meant in MB."""
 RESERVE, RESERVED_SHARE = 7 * (1 << 30) // 10, 0.05
 """Of a GPU, what CUDA's context and libraries take, and the share that the allocator's pieces waste."""
 SHORT = {
@@ -110,8 +112,8 @@ def _size(text: str, key: str) -> int:
         size = round(float(found[1]) * UNITS[found[2]]) if found else 0
     except ValueError:
         size = 0
-    if size <= 0:
-        raise ConfigError(f"{key} must be a size of memory above 0, such as 24GB, got {text!r}.")
+    if not 0 < size < MOST:
+        raise ConfigError(f"{key} must be a size of memory in GB or MB, such as 24GB or 24576MB, got {text!r}.")
     return size
 
 

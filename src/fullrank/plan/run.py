@@ -45,7 +45,7 @@ class Plan:
     budget: Budget | None
     """Memory of the GPU that was given."""
     unfit: Mapping[str, str]
-    """Methods that were not asked for by name and cannot train this model so, and why."""
+    """Methods that cannot train this model so, and why."""
 
     def __str__(self) -> str:
         return terminal(self.rows, self.budget, self.unfit)
@@ -101,7 +101,7 @@ def plan(options: PlanOptions, overrides: Mapping[str, Any] | None = None) -> Pl
         if budget is not None and planner.usage(fitting).peak <= budget.usable:
             limits = largest(planner, fitting, budget.usable)
         rows[name] = Row(setting, usage, variants(planner, setting) if is_wanted else {}, advice, limits)
-    if unfit and (options.methods or not rows):
+    if not rows:
         raise ConfigError("\n".join(f"{name}: {why}" for name, why in unfit.items()))
     found = Plan(rows, budget, unfit)
     try:

@@ -15,7 +15,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-_switch = {"on": os.environ.get("FULLRANK_KERNELS", "1") != "0"}
+OFF = ("0", "false", "off", "no")
+_switch = {"on": os.environ.get("FULLRANK_KERNELS", "1").lower() not in OFF}
 
 
 def kernels_on() -> bool:
