@@ -190,10 +190,12 @@ def published() -> str:
     return table(["what", "paper", "here"], rows)
 
 
-def fira_against(key: str) -> str:
-    """The range of a ratio of Fira's step over the sizes of the first report, on whole models in float32."""
-    rows = [row for row in step_rows(next(reports("step_time"))) if row["case"] == FIRA and row["scope"] == "model"]
-    found = [row[key] for row in rows if row.get("dtype", "float32") == "float32"]
+def fira_against(key: str, *, dtype: str = "float32", case: str = FIRA) -> str:
+    """The range of a ratio of Fira's step over the sizes of the first report, on whole models in one type."""
+    report = next(reports("step_time"))
+    rows = step_rows(report) if case == FIRA else report["rows"]
+    rows = [row for row in rows if row["case"] == case and row["scope"] == "model"]
+    found = [row[key] for row in rows if row.get("dtype", "float32") == dtype]
     least, most = (f"{number:.1f}" for number in (min(found), max(found)))
     return least if least == most else f"{least} to {most}"
 
@@ -212,6 +214,9 @@ def blocks() -> dict[str, str]:
         "fira-over-package": fira_against("authors_amortised_over_this"),
         "fira-over-adamw": fira_against("amortised_over_adamw"),
         "fira-over-bound": fira_against("step_over_bound"),
+        "fira-over-bound-half": fira_against("step_over_bound", dtype="bfloat16"),
+        "fira-over-package-half": fira_against("authors_amortised_over_this", dtype="bfloat16"),
+        "package-over-bound": fira_against("step_over_bound", case="fira FiraAdamW"),
     }
 
 

@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullrank import METHODS, AdamW, ApolloAdamW, CheckpointError, ConfigError, FiraAdamW, FiraRMSprop, GaLoreAdamW
+from fullrank import (
+    METHODS,
+    AdamW,
+    ApolloAdamW,
+    CheckpointError,
+    ConfigError,
+    FiraAdamW,
+    FiraRMSprop,
+    GaLoreAdamW,
+    moments,
+)
 from fullrank.memory import held_state_bytes
 from fullrank.moments import read
 from fullrank.optimizer import MethodOptimizer
@@ -311,3 +321,28 @@ def test_rounding_without_effect_warns(kind: type[MethodOptimizer]) -> None:
         warnings.simplefilter("error")
         make(kind, Regression(torch.bfloat16), weight_rounding="stochastic")
         make(kind, Regression())
+
+
+@pytest.mark.parametrize("kind", [AdamW, FiraAdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_be_stepped_a_few_at_a_time(kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the whole, to rounding: no block of codes straddles rows."""
+
+    def stepped(piece: int) -> tuple[Tensor, dict[str, Tensor]]:
+        monkeypatch.setattr(moments, "PIECE", piece)
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.randn(70, 130, generator=generator).to(dtype))
+        groups: list[dict[str, Any]] = [{"params": [weight]}]
+        groups += [{"params": [nn.Parameter(torch.ones(8, 8))], "rank": 2}] if kind is FiraAdamW else []
+        optimizer = kind(groups, lr=1e-2, weight_decay=0.1, state_dtype="8bit")
+        for _ in range(3):
+            weight.grad = torch.randn(70, 130, generator=generator).to(dtype)
+            optimizer.step()
+        return weight.detach(), optimizer.state[weight]
+
+    (whole, state), (parts, other) = stepped(1 << 22), stepped(1000)
+    assert state["exp_avg"].dtype == torch.uint8
+    assert (whole != parts).float().mean() < 0.01
+    assert (whole - parts).abs().max() < (1e-6 if dtype == torch.float32 else 0.02)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert relative_error(read(state, key), read(other, key)) < 1e-3

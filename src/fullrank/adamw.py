@@ -21,6 +21,7 @@ from fullrank.moments import (
     EIGHT_BIT,
     dtype_name,
     dtype_problems,
+    in_pieces,
     kept_as,
     layout_of,
     opened,
@@ -164,8 +165,9 @@ class AdamW(MethodOptimizer):
                     together.append(_column(local(parameter), gradient_of(parameter), state))
                     steps.append(step)
                     continue
-                with in_full(local(parameter), seed=seed) as weight, opened(state, MOMENTS, weight.dtype) as held:
-                    _step_([_column(weight, gradient_of(parameter).to(weight.dtype), held)], group, [step])
+                for piece, part, grad, kept in in_pieces(local(parameter), gradient_of(parameter), state, MOMENTS):
+                    with in_full(part, seed=seed, piece=piece) as weight, opened(kept, MOMENTS, weight.dtype) as held:
+                        _step_([_column(weight, grad.to(weight.dtype), held)], group, [step])
             if together:
                 _step_(together, group, steps)
 

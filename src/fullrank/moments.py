@@ -26,6 +26,8 @@ SCALE = "_scale"
 """What the key of a moment ends with under which its scales are."""
 SMALLEST = 4096
 """Numbers of a parameter from which on its moments are worth 8-bit codes, as in bitsandbytes."""
+PIECE = 1 << 22
+"""Numbers of a parameter that is not projected that are stepped in float32 at a time."""
 SHORTEST = 8
 """Numbers of a row from which on a scale for each is worth its bytes."""
 
@@ -136,6 +138,26 @@ def opened(
     yield {**state, **copies} if copies else state
     for key, values in copies.items():
         write_(state, key, values)
+
+
+def in_pieces(
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], keys: Iterable[str]
+) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
+    """A parameter with its gradient and its moments, some rows at a time: number, weight, gradient, state of each.
+
+    So that what a step in float32 holds for its time is bounded, and not a multiple of an embedding. Blocks of codes
+    never straddle rows, so the numbers are those of a step of the whole, to rounding. Vectors and flat blocks are one
+    piece.
+    """
+    mine = [name for key in keys for name in (key, key + SCALE) if name in state]
+    is_whole = weight.ndim < 2 or any(state[name].ndim < 2 for name in mine)
+    rows = len(weight) if is_whole else max(1, PIECE // max(1, weight[:1].numel()))
+    if is_whole or rows >= len(weight):
+        yield 0, weight, grad, state
+        return
+    for number, start in enumerate(range(0, len(weight), rows)):
+        part = slice(start, start + rows)
+        yield number, weight[part], grad[part], state | {name: state[name][part] for name in mine}
 
 
 def layout_of(key: str, parameter: Tensor) -> str:

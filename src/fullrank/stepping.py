@@ -57,19 +57,21 @@ def stepped(parameter: Tensor, group: dict[str, Any], seat: tuple[int, int], ste
 
 
 @contextmanager
-def in_full(weight: Tensor, *, seed: Sequence[int] | None) -> Iterator[Tensor]:
+def in_full(weight: Tensor, *, seed: Sequence[int] | None, piece: int = 0) -> Iterator[Tensor]:
     """A weight in float32 at least, to be changed in place: itself, or a copy that is rounded back at the end.
 
     Args:
         weight: What this process holds of it.
         seed: Of rounding at random; None: to nearest.
+        piece: Which part of a parameter it is, so that each draws numbers of its own.
     """
     full = weight.to(torch.promote_types(weight.dtype, torch.float32))
     yield full
     if full is weight:
         return
     if seed is not None:
-        full = round_stochastic(full, weight.dtype, seeded(*seed, device=weight.device))
+        drawn = seeded(*seed, *([piece] if piece else ()), device=weight.device)
+        full = round_stochastic(full, weight.dtype, drawn)
     weight.copy_(full)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.moments import SCALE, dtype_name, kept_as, layout_of, opened, refuse_columns
+from fullrank.moments import SCALE, dtype_name, in_pieces, kept_as, layout_of, opened, refuse_columns
 from fullrank.ops import lowrank, subspace
 from fullrank.optimizer import MethodOptimizer, Seat
 from fullrank.params import rank_problems
@@ -187,8 +187,9 @@ class ProjectedOptimizer(MethodOptimizer):
                 grads.append(gradient_of(parameter))
                 states.append(state)
                 continue
-            with in_full(local(parameter), seed=seed) as weight, opened(state, self.moments, weight.dtype) as held:
-                self.plain_(group, [weight], [gradient_of(parameter).to(weight.dtype)], [held], step)
+            for piece, part, grad, kept in in_pieces(local(parameter), gradient_of(parameter), state, self.moments):
+                with in_full(part, seed=seed, piece=piece) as weight, opened(kept, self.moments, weight.dtype) as held:
+                    self.plain_(group, [weight], [grad.to(weight.dtype)], [held], step)
         if weights:
             self.plain_(group, weights, grads, states, step)
 
