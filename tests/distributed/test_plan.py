@@ -83,9 +83,7 @@ FEW, MANY = (1, 8), (4, 128)
 RUNS = {
     "ddp-fira": Spent("fira", "ddp", MANY, {"rank": 16}, 0.02),
     "ddp-galore-partitioned": Spent("galore", "ddp", FEW, {"rank": 16, "partition_states": True}),
-    "fsdp2-full-few": Spent(
-        "full", "fsdp2", FEW, close=0.25
-    ),  # two layers are whole or one, by timing
+    "fsdp2-full-few": Spent("full", "fsdp2", FEW, close=0.25),  # two layers are whole or one, by timing
     "fsdp2-full-many": Spent("full", "fsdp2", MANY),
     "fsdp2-fira": Spent("fira", "fsdp2", MANY, {"rank": 16}),
 }
