@@ -21,7 +21,7 @@ from fullrank.errors import UnsupportedError
 from fullrank.factors.quantize import statistic_bytes
 from fullrank.methods import METHODS
 from fullrank.methods.full import FullConfig
-from fullrank.sharding import local
+from fullrank.sharding import local, own_bytes
 
 
 def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -38,16 +38,12 @@ def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the gradients that an optimizer reads at a step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return sum(_size(parameter) for parameter in parameters if parameter.requires_grad)
+    return sum(own_bytes(parameter) for parameter in parameters if parameter.requires_grad)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters as they train: LoRA's factors too, shared ones once, codes with what decodes them."""
-    return sum(_size(parameter) for parameter in model.parameters()) + statistic_bytes(model)
-
-
-def _size(parameter: torch.Tensor) -> int:
-    return local(parameter).numel() * parameter.element_size()
+    return sum(own_bytes(parameter) for parameter in model.parameters()) + statistic_bytes(model)
 
 
 def adamw_state_bytes(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ with the number of processes, and what is sent grows by the weights once a step 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,15 @@ from fullrank.saved_state import own_entries
 from fullrank.sharding import all_reduce, broadcast, num_processes, process_number
 
 State = dict[str, Any]
+
+
+def divide_fairly(sizes: Sequence[int], loads: list[int]) -> list[int]:
+    """Who gets each of these things: the largest goes first, each to whoever has least, whose load grows by it."""
+    owners = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += sizes[number]
+    return owners
 
 
 class Partition:
@@ -39,10 +48,8 @@ class Partition:
         The largest go first, each to the process that has least.
         """
         fresh = [parameter for parameter in sizes if parameter not in self.owners]
-        for parameter in sorted(fresh, key=lambda p: -sizes[p]):
-            owner = min(range(self.num), key=self._loads.__getitem__)
-            self.owners[parameter] = owner
-            self._loads[owner] += sizes[parameter]
+        owners = divide_fairly([sizes[parameter] for parameter in fresh], self._loads)
+        self.owners.update(zip(fresh, owners, strict=True))
 
     def is_mine(self, parameter: Tensor) -> bool:
         """Whether this process keeps its state."""

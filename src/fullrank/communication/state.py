@@ -7,6 +7,7 @@ from typing import Literal
 
 from fullrank.communication.layout import Layout, Matrix
 from fullrank.communication.projected import Projected
+from fullrank.partition import divide_fairly
 
 
 def state_numbers(
@@ -40,8 +41,7 @@ def state_numbers(
     if not layout.partition_states:
         return sum(sizes)
     loads = [0] * layout.world
-    for size in sorted(sizes, reverse=True):
-        loads[loads.index(min(loads))] += size
+    divide_fairly(sizes, loads)
     return max(loads)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.factors.quantized import codes_of, is_quantized, keep_codes_, read_codes
 from fullrank.ops.codes import ROW_FORMAT
+from fullrank.sharding import own_bytes
 
 Kind = Literal["int8", "nf4", "nf4-double"]
 PEFT_MARKS = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit", "nf4-double": "is_loaded_in_4bit"}
@@ -51,7 +52,7 @@ class Quantization:
             ConfigError: If the model has no other linear layer.
             UnsupportedError: If bitsandbytes is not installed, or would compute with other weights.
         """
-        names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in keep]
+        names = list(plain_linears(model, keep))
         if not names:
             raise ConfigError(
                 f"model.quantization {self.kind} takes linear layers, and {type(model).__name__} has none but what "
@@ -142,10 +143,15 @@ def plain_layer(layer: Any, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     return plain
 
 
+def plain_linears(model: nn.Module, keep: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """Name -> layer of what codes take the place of: plain linear layers, but for those that stay so."""
+    return {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in keep}
+
+
 def statistic_bytes(model: nn.Module) -> int:
     """Bytes of what decodes a model's codes: no parameters, but as long as these held."""
     total = 0
     for layer in model.modules():
         if is_quantized(layer._parameters.get("weight")):  # its own: PEFT's layers show that of the one they wrap
-            total += sum(t.numel() * t.element_size() for name, t in codes_of(layer).items() if name != "weight")
+            total += sum(own_bytes(tensor) for name, tensor in codes_of(layer).items() if name != "weight")
     return total

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fullrank.fused.copies import IN_FLIGHT
 from fullrank.fused.sums import Sums
-from fullrank.sharding import gathered_together, is_sharded, local, num_processes
+from fullrank.sharding import gathered_together, is_sharded, num_processes, own_bytes
 
 
 def bytes_alive(
@@ -34,8 +34,8 @@ def bytes_alive(
         accumulates: Whether several backward passes go into a step.
     """
     copies = model is not None and num_processes() > 1 and not any(map(is_sharded, parameters))
-    early = {p: _size(p) for p in parameters if p.requires_grad and p in hooked and (p.ndim >= 2 or not copies)}
-    staying = sum(_size(p) for p in parameters if p.requires_grad and p not in early)
+    early = {p: own_bytes(p) for p in parameters if p.requires_grad and p in hooked and (p.ndim >= 2 or not copies)}
+    staying = sum(own_bytes(p) for p in parameters if p.requires_grad and p not in early)
     several = _in_several_places(model)
     shared = {parameter: size for parameter, size in early.items() if parameter in several}
     if accumulates:
@@ -52,7 +52,3 @@ def bytes_alive(
 def _in_several_places(model: nn.Module | None) -> set[Tensor]:
     places = Counter(p for _, p in model.named_parameters(remove_duplicate=False)) if model is not None else {}
     return {parameter for parameter, count in places.items() if count > 1}
-
-
-def _size(parameter: Tensor) -> int:
-    return local(parameter).numel() * parameter.element_size()

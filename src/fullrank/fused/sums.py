@@ -11,6 +11,7 @@ from torch import Tensor
 from fullrank.errors import UnsupportedError
 from fullrank.optimizer import Seat
 from fullrank.projected import SummedOptimizer, is_projected
+from fullrank.sharding import own_bytes
 from fullrank.sparse import is_values
 
 
@@ -79,10 +80,7 @@ class Sums:
 
     def held_bytes(self, parameter: Tensor) -> int:
         """Bytes that are held of a parameter between micro-batches."""
-        if not self.is_projected(parameter):
-            return parameter.numel() * parameter.element_size()
-        nothing = self.nothing(parameter)
-        return nothing.numel() * nothing.element_size()
+        return own_bytes(self.nothing(parameter) if self.is_projected(parameter) else parameter)
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         group: dict[str, Any] = self._optimizer.param_groups[self._seats[parameter][0]]

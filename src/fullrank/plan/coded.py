@@ -7,24 +7,23 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fullrank.factors.quantize import BLOCK, plain_linears
 from fullrank.plan.network import Network
+from fullrank.sharding import own_bytes
 from fullrank.train.adapters import heads
 
 if TYPE_CHECKING:
     from fullrank.plan.usage import Usage
 
-BLOCK, BLOCK_OF_SCALES = 64, 256
-"""Numbers that share a scale in bitsandbytes' 4-bit codes, and scales that share one where these are codes too."""
+BLOCK_OF_SCALES = 256
+"""Scales of bitsandbytes' 4-bit codes that share one of their own where they are codes too."""
 
 
 def coded(usage: Usage, network: Network, kind: str) -> Usage:
     """The same with the linear layers as codes, of which one at a time is decoded to be multiplied with."""
-    keep = heads(network.whole)
-    layers = [
-        module for name, module in network.whole.named_modules() if type(module) is nn.Linear and name not in keep
-    ]
-    saved = sum(layer.weight.numel() * layer.weight.element_size() - _codes(layer, kind) for layer in layers)
-    decoded = max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
+    layers = plain_linears(network.whole, heads(network.whole)).values()
+    saved = sum(own_bytes(layer.weight) - _codes(layer, kind) for layer in layers)
+    decoded = max((own_bytes(layer.weight) for layer in layers), default=0)
     held = usage.at_peak
     return replace(
         usage,

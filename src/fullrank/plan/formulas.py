@@ -8,7 +8,6 @@ twice in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from fullrank.factors.training import wanted_beside
 from fullrank.methods import METHODS
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import STEADY, Held
+from fullrank.sharding import own_bytes
 from fullrank.sparse.seat import divide, layout_of
 from fullrank.sparse.settings import num_chosen
 
@@ -37,7 +37,7 @@ def usage(setting: Setting, states: int, on_host: int) -> Usage:
     network, work = setting.network, setting.work
     weights = weight_bytes(network, work)
     trained = trained_bytes(network, work)
-    largest = max(p.numel() * p.element_size() for p in network.whole.parameters())
+    largest = max(map(own_bytes, network.whole.parameters()))
     alive = min(trained, largest) if work.fused_backward else trained + (largest if work.is_sparse else 0)
     activations = _activations(setting)
     temporaries = 2 * largest if hasattr(work.options, "update_proj_gap") else 0
@@ -74,7 +74,7 @@ def _activations(setting: Setting) -> int:
 def weight_bytes(network: Network, work: Work) -> int:
     """Parameters and buffers, and the factors that the method puts beside them."""
     held: list[Tensor] = [*network.whole.parameters(), *network.whole.buffers()]
-    return _sum(held) + factor_bytes(network, work)
+    return sum(map(own_bytes, held)) + factor_bytes(network, work)
 
 
 def trained_bytes(network: Network, work: Work) -> int:
@@ -82,20 +82,16 @@ def trained_bytes(network: Network, work: Work) -> int:
     model, options = network.whole, work.options
     if work.is_sparse:
         targets, dense, _ = divide(model, options.target_modules, options.exception)
-        total = _sum(dense.values())
+        total = sum(map(own_bytes, dense.values()))
         for name, weight in targets.items():
             layout = layout_of(model, name, weight, options.granularity, options.block_size, options.scope)
             units = num_chosen(options.density, layout) * (layout.rows if layout.per_row else 1)
             total += units * layout.unit_numel * torch.promote_types(weight.dtype, torch.float32).itemsize
         return total
     if _request(work) is None or bool(getattr(options, "warm_start_steps", False)):
-        return _sum(model.parameters())
+        return sum(map(own_bytes, model.parameters()))
     beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()
-    return factor_bytes(network, work) + _sum(beside)
-
-
-def _sum(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return factor_bytes(network, work) + sum(map(own_bytes, beside))
 
 
 def _request(work: Work) -> AdapterRequest | None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from fullrank.errors import UnsupportedError
 from fullrank.ops.subspace import projects_rows
@@ -20,7 +19,7 @@ from fullrank.plan.network import Network
 from fullrank.plan.timeline import STEADY, STEP, Held, Moments
 from fullrank.plan.tracker import GRADIENTS, OTHER
 from fullrank.projected.training import WAVE
-from fullrank.sharding import BUCKET
+from fullrank.sharding import BUCKET, own_bytes
 from fullrank.train.sharded import blocks_of
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def sharded(usage: Usage, moments: Moments | None, network: Network, work: Work,
     around, layer = _sizes(network)
     factors, trained = factor_bytes(network, work), trained_bytes(network, work)
     plain = sum(
-        -(-p.shape[0] // shards) * (_bytes(p) // max(1, p.shape[0])) for p in network.whole.parameters() if p.ndim
+        -(-p.shape[0] // shards) * (own_bytes(p) // max(1, p.shape[0])) for p in network.whole.parameters() if p.ndim
     )
     weights = plain + -(-factors // shards)
     states, on_host = -(-usage.states // shards), -(-usage.states_on_host // shards)
@@ -89,8 +88,8 @@ def _sizes(network: Network) -> tuple[int, int]:
     """Bytes of the weights around the layers, and of the largest layer."""
     blocks = blocks_of(network.whole)
     inside = {parameter for block in blocks for parameter in block.parameters()}
-    around = sum(_bytes(p) for p in network.whole.parameters() if p not in inside)
-    return around, max((sum(map(_bytes, block.parameters())) for block in blocks), default=0)
+    around = sum(own_bytes(p) for p in network.whole.parameters() if p not in inside)
+    return around, max((sum(map(own_bytes, block.parameters())) for block in blocks), default=0)
 
 
 def _moments_of(usage: Usage, moments: Moments | None, trained: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +111,3 @@ def _wave(network: Network, work: Work, shards: int) -> int:
             rows, columns = columns, rows
         total += (-(-rows // shards) + columns) * options.rank * 4
     return total
-
-
-def _bytes(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()

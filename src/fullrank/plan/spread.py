@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fullrank.communication import Layout
 from fullrank.methods import METHODS
+from fullrank.partition import divide_fairly
 from fullrank.plan.formulas import trained_bytes
 from fullrank.plan.network import Network
 from fullrank.plan.sharded import sharded
 from fullrank.plan.timeline import STEP, Moments
+from fullrank.saved_state import bytes_of
 from fullrank.sharding import BUCKET
 
 if TYPE_CHECKING:
@@ -71,17 +73,5 @@ def _largest_share(network: Network, work: Work, gpus: int) -> int:
     with quietly():
         optimizer: Any = METHODS[work.method].build(network.whole, work.options).optimizer
     loads = [0] * gpus
-    sizes = [
-        sum(_numel(shape) * dtype.itemsize for shape, dtype in optimizer.state_spec(parameter, group).values())
-        for _, parameter, group in optimizer.named()
-    ]
-    for size in sorted(sizes, reverse=True):
-        loads[loads.index(min(loads))] += size
+    divide_fairly([bytes_of(optimizer.state_spec(p, group)) for _, p, group in optimizer.named()], loads)
     return max(loads)
-
-
-def _numel(shape: Any) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total

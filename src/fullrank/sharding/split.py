@@ -67,6 +67,11 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def own_bytes(tensor: Tensor) -> int:
+    """Bytes of what this process holds of a tensor."""
+    return local(tensor).numel() * tensor.element_size()
+
+
 def split_of(tensor: Tensor, *, name: str = "a parameter") -> Split | None:
     """How a parameter is spread; None if it is no DTensor.
 
