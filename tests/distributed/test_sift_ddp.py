@@ -6,6 +6,7 @@ Every process starts from other weights, uses other parts of the model and train
 from __future__ import annotations
 
 import functools
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -193,13 +194,19 @@ def test_bytes(case: Case, world: int, outcome: Any) -> None:
 
 
 def watch_gradients(place: Place) -> dict[str, Any]:
-    """How many dense gradients are alive when each choice is made, in the order of the weights or in reverse."""
+    """How many dense gradients stay alive when each choice is made, in the order of the weights or in reverse.
+
+    Gloo's own thread lets go of a tensor a moment after the collective has returned, so a choice waits for that.
+    """
     seen: list[Any] = []
     alive: list[int] = []
 
     def choose(name: str, weight: Tensor, grad: Tensor, num: int) -> Tensor:
         seen.append(weakref.ref(grad.untyped_storage()))
-        alive.append(sum(storage() is not None for storage in seen))
+        last = time.monotonic() + 5
+        while (num_alive := sum(storage() is not None for storage in seen)) > 1 and time.monotonic() < last:
+            time.sleep(0.001)
+        alive.append(num_alive)
         return torch.arange(num)
 
     torch.manual_seed(0)
