@@ -62,6 +62,24 @@ class Regression(nn.Module):
 TARGET = Regression(seed=1)
 
 
+@kinds
+@state_dtypes
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("ignore:no parameter group has a rank", "ignore:weight_rounding", "ignore:.*float16")
+def test_scalars_train(kind: type[MethodOptimizer], state_dtype: str | None, rounding: str, dtype: torch.dtype) -> None:
+    """A gate or a temperature of shape () is stepped as a vector of one number is."""
+    found = []
+    for shape in ((), (1,)):
+        gate = nn.Parameter(torch.full(shape, 2.0, dtype=dtype))
+        optimizer = kind([gate], lr=0.01, state_dtype=state_dtype, weight_rounding=rounding)
+        for _ in range(5):
+            gate.grad = gate.detach().clone()
+            optimizer.step()
+        found.append(gate.item())
+    assert found[0] == found[1] < 2.0
+
+
 def make(kind: type[MethodOptimizer], model: Regression, **options: Any) -> MethodOptimizer:
     """The optimizer, with the matrix projected where it projects."""
     plain = [model.embed, model.attn_bias, model.head]
