@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from fullrank.ops import sparse
 from fullrank.ops.seeded import seeded
 from fullrank.sharding import local, process_number, whole
 from fullrank.sparse.given import parse_units
+from fullrank.sparse.planned import planned_values
 from fullrank.sparse.seat import SUFFIX, divide, layout_of
 from fullrank.sparse.settings import num_chosen, refuse_for_spread, setting_problems
 from fullrank.sparse.training import SparseTraining
@@ -318,16 +318,12 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
 
     With ``reselect_every`` and ``keep_base`` the record grows in host memory by every entry that trains for a time.
     """
-    targets, dense, _ = divide(model, config.target_modules, config.exception)
-    total = sum(state_bytes_of(p.shape, p.dtype, config) for p in dense.values())
-    for name, weight in targets.items():
-        layout = layout_of(model, name, weight, config.granularity, config.block_size, config.scope)
-        num = num_chosen(config.density, layout)
-        shape = (layout.rows, num) if layout.per_row else (num * layout.unit_numel,)
-        value = torch.promote_types(weight.dtype, torch.float32)
-        total += state_bytes_of(shape, value, config, blocks=_blocks(config))
-        total += math.prod(shape) * (value.itemsize + (weight.element_size() if config.keep_base else 0))
-        total += math.prod(shape) // layout.unit_numel * layout.index_dtype.itemsize
+    planned, dense = planned_values(model, config)
+    total = sum(state_bytes_of(p.shape, p.dtype, config) for p in dense)
+    for values in planned:
+        total += state_bytes_of(values.shape, values.dtype, config, blocks=_blocks(config))
+        total += values.numel * (values.dtype.itemsize + (values.weight.element_size() if config.keep_base else 0))
+        total += values.numel // values.layout.unit_numel * values.layout.index_dtype.itemsize
     return total
 
 
