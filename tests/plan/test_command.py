@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import MixtralConfig
 
 from fullrank.cli import main
 from fullrank.cli.planning import read_plan
@@ -148,6 +150,8 @@ def test_without_the_tracker_a_formula_is_used_and_named(monkeypatch: pytest.Mon
         ({"methods": ["fira"]}, {"mdoel.name": "x"}, "unknown key"),
         ({"dtype": "bfloat16"}, {"model.dtype": "float32"}, "Keep one"),
         ({"gpus": 3, "strategy": "fsdp2"}, {"trainer.shard_size": "2"}, "shard_size must divide"),
+        ({"fused_backward": True}, {"trainer.fp16": "true"}, "trainer.bf16 true"),
+        ({"batch_size": 2, "gpus": 2}, {"trainer.total_batch_size": "6"}, "must be a multiple of 4 (2 processes x 2"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -155,6 +159,24 @@ def test_refusals(options: dict[str, Any], overrides: dict[str, Any], said: str)
     with pytest.raises(ConfigError) as caught:
         plan(small(**{"methods": ["fira"]} | options), SMALL | overrides)
     assert said in str(caught.value)
+
+
+def test_a_plan_is_of_one_process_wherever_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun too, whose other processes it does not ask."""
+    options = small(methods=["fira", "sift"], fused_backward=True)
+    wanted = plan(options, SMALL).to_dict()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan(options, SMALL).to_dict() == wanted
+
+
+def test_what_cannot_be_traced_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch logs the whole traceback of an operation that has no shape without content."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 2, "num_attention_heads": 2}
+    MixtralConfig(num_hidden_layers=1, num_key_value_heads=2, vocab_size=32, **sizes).save_pretrained(tmp_path)
+    heard: list[str] = []
+    monkeypatch.setattr(logging.Handler, "handle", lambda handler, record: heard.append(record.getMessage()))
+    plan(PlanOptions(model=str(tmp_path), sequence_length=8, dtype="float32", methods=["full"]), {})
+    assert not [said for said in heard if "Traceback" in said or "failed while" in said]
 
 
 def test_the_command_line_is_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,8 +70,11 @@ def let_first_speak() -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of bitsandbytes' products is to be shown: not that of a cast, once for each pass of a layer."""
-    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+    """Whether a message of bitsandbytes is to be shown.
+
+    Not that of a cast, once for each pass of a layer, nor that of a product for inference that we do not use.
+    """
+    return not str(record.msg).startswith(("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fullrank").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_news)
+    for talkative in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(talkative).addFilter(is_news)
     if not arguments or arguments[0] in ("-h", "--help", "--version"):
         print(__version__ if arguments == ["--version"] else USAGE)
         return 0 if arguments else 2

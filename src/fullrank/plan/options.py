@@ -16,9 +16,11 @@ from fullrank.plan.spread import Spread
 from fullrank.plan.step import Work
 from fullrank.plan.usage import Setting
 from fullrank.train.config import SECTIONS, TRAINED, DataConfig, GlueConfig, RunConfig
+from fullrank.train.fused import refuse_fused
 from fullrank.train.model import PAPER_SIZES
 from fullrank.train.recipes import load_recipe, method_section, nearest
 from fullrank.train.resolve import resolve
+from fullrank.train.trainer import batches_of_step
 
 UNITS = {"": 1 << 30, "g": 1 << 30, "m": 1 << 20}
 """Bytes of a unit; cards are sold in GB and have GiB."""
@@ -235,6 +237,7 @@ def _knows(method: str, option: str) -> bool:
 
 def _setting(run: RunConfig, options: PlanOptions) -> Setting:
     """What decides the bytes of a run's process."""
+    refuse_fused(run)
     trainer, data = run.trainer, run.data
     labels = LABELS.get(data.task, 2) if isinstance(data, GlueConfig) else None
     is_paper = run.model.name in PAPER_SIZES  # which a fine-tuning recipe may be planned for
@@ -251,8 +254,8 @@ def _setting(run: RunConfig, options: PlanOptions) -> Setting:
         data.sequence_length,
         checkpointing=bool(trainer.get("gradient_checkpointing")),
         fused_backward=bool(trainer.get("fused_backward")),
-        autocast=bool(trainer.get("bf16")),
-        accumulates=_accumulates(trainer, batch * options.gpus),
+        autocast=bool(trainer.get("bf16") or trainer.get("fp16")),  # types of the same size
+        accumulates=_accumulates(trainer, batch, options.gpus),
         padded=isinstance(data, GlueConfig) or (isinstance(data, DataConfig) and not data.packing),
         quantization=getattr(run.model, "quantization", None),
     )
@@ -261,7 +264,8 @@ def _setting(run: RunConfig, options: PlanOptions) -> Setting:
     return Setting(network, work, batch, spread)
 
 
-def _accumulates(trainer: Mapping[str, Any], at_once: int) -> bool:
+def _accumulates(trainer: Mapping[str, Any], batch: int, gpus: int) -> bool:
     """Whether a step takes several batches."""
     total = trainer.get("total_batch_size")
-    return total > at_once if total is not None else int(trainer.get("gradient_accumulation_steps", 1)) > 1
+    several = int(trainer.get("gradient_accumulation_steps", 1))
+    return (several if total is None else batches_of_step(total, batch, gpus)) > 1

@@ -22,7 +22,7 @@ from fullrank.optimizer import MethodOptimizer
 from fullrank.plan.coded import coded_layers, keep_as_codes_
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import FIRST, INNER, STEADY, STEP, as_moments, on_device
-from fullrank.plan.tracker import GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
+from fullrank.plan.tracker import FAKE_TENSORS, GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
 from fullrank.sparse import training
 from fullrank.train.sharded import blocks_of
 
@@ -290,11 +290,15 @@ def _know_states(built: Built, tracker: Tracker) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what methods log and warn of when they are built, and note of the weights' content: that is for runs."""
+    """Without what methods log and warn of when they are built, and note of the weights' content: that is for runs.
+
+    Nor with what torch logs of an operation that has no shape without content: that is raised.
+    """
     sift: Any = training
-    logger, note = logging.getLogger("fullrank"), sift.fingerprint
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {logging.getLogger("fullrank"): logging.ERROR, logging.getLogger(FAKE_TENSORS): logging.CRITICAL}
+    levels, note = {logger: logger.level for logger in loggers}, sift.fingerprint
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     sift.fingerprint = lambda weights: dict.fromkeys(weights, "")
     try:
         with warnings.catch_warnings():
@@ -302,4 +306,5 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         sift.fingerprint = note
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

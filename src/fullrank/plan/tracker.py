@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from fullrank.errors import ConfigError, UnsupportedError, first_line
 from fullrank.ops import blockwise
+from fullrank.sharding import alone
 
 try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -36,6 +37,8 @@ except ImportError:  # private, so another version of torch may lack them
     FakeTensorMode = None  # type: ignore[assignment, misc]
     TorchDispatchMode = object  # type: ignore[assignment, misc]
 
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
+"""Name of the logger of tensors without content."""
 CATEGORIES = WEIGHTS, GRADIENTS, STATES, OTHER, HOST = tuple(range(5))
 """Of bytes: OTHER are activations and temporaries; HOST is what a run keeps in the memory of the host."""
 PLACE = torch.device("cpu")
@@ -165,7 +168,7 @@ def stand_in() -> Iterator[Tracker]:
     if FakeTensorMode is None:
         raise UntraceableError(f"torch {torch.__version__} has no FakeTensorMode")
     tracker = Tracker()
-    with _seen_as_real(), _codes_by_shape(), FakeTensorMode(allow_fallback_kernels=False), tracker:
+    with alone(), _seen_as_real(), _codes_by_shape(), FakeTensorMode(allow_fallback_kernels=False), tracker:
         try:
             yield tracker
         except (ConfigError, UnsupportedError):

@@ -11,6 +11,7 @@ from fullrank.sharding.models import (
 from fullrank.sharding.processes import (
     BUCKET,
     all_reduce,
+    alone,
     any_part,
     broadcast,
     disconnect,
@@ -59,6 +60,7 @@ __all__ = [
     "Routine",
     "Split",
     "all_reduce",
+    "alone",
     "any_part",
     "broadcast",
     "disconnect",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,8 +18,23 @@ BUCKET = 1 << 24
 """Numbers that are copied into one buffer for a collective, at most; a larger tensor goes by itself."""
 
 
+_alone = ContextVar("_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Around what is of this process only, such as a rehearsal of a step: it counts as the only one meanwhile."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
 def num_processes() -> int:
     """Processes that train together: of the default group, or what torchrun says before there is one."""
+    if _alone.get():
+        return 1
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE") or 1)
@@ -32,7 +49,7 @@ def process_number() -> int:
 
 def is_connected() -> bool:
     """Whether there is a group of several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce(tensors: Sequence[Tensor], group: Any = None, kind: str = "sum") -> list[Tensor]:

@@ -127,12 +127,7 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
     per_step = args.train_batch_size * args.world_size
     total = config.trainer.get("total_batch_size")
     if total is not None:
-        if total < per_step or total % per_step:
-            raise ConfigError(
-                f"trainer.total_batch_size must be a multiple of {per_step} ({args.world_size} processes x "
-                f"{args.train_batch_size} sequences), got {total}. Change it or trainer.per_device_train_batch_size."
-            )
-        args.gradient_accumulation_steps = total // per_step
+        args.gradient_accumulation_steps = batches_of_step(total, args.train_batch_size, args.world_size)
     accumulated = args.gradient_accumulation_steps
     if args.max_steps <= 0:
         args.max_steps = _steps_of_epochs(data, args)
@@ -149,6 +144,21 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         config.data.sequence_length,
     )
     return args
+
+
+def batches_of_step(total: int, batch: int, num_processes: int) -> int:
+    """Batches that each process takes for an optimizer step of ``total`` sequences.
+
+    Raises:
+        ConfigError: If they do not come out even.
+    """
+    at_once = batch * num_processes
+    if total < at_once or total % at_once:
+        raise ConfigError(
+            f"trainer.total_batch_size must be a multiple of {at_once} ({num_processes} processes x {batch} "
+            f"sequences), got {total}. Change it or trainer.per_device_train_batch_size."
+        )
+    return total // at_once
 
 
 def keeps_best(config: RunConfig) -> bool:
