@@ -7,6 +7,7 @@ encoded themselves (nested, "double quantization"), which bitsandbytes decodes.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -73,16 +74,13 @@ def decode(tensors: Mapping[str, Tensor]) -> Tensor:
     return decode_flat(dequantize_4bit, codes, state)
 
 
-def decode_flat(dequantize_4bit: Any, codes: Tensor, state: Any) -> Tensor:
-    """A 4-bit weight (m x n, float32) by bitsandbytes' function and state, decoded as one row.
+def decode_flat(dequantize_4bit: Any, codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A 4-bit weight (m x n) by bitsandbytes' function and state, decoded as one row, in this type.
 
     Blocks of 64 entries go on across rows, which its routine for CPUs forgets (version 0.50) where n is even and no
     multiple of 64.
     """
-    shape = state.shape
-    state.shape = torch.Size((1, math.prod(shape)))
-    try:
-        decoded: Tensor = dequantize_4bit(codes, state)
-    finally:
-        state.shape = shape
-    return decoded.reshape(shape).to(torch.float32)
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, math.prod(state.shape)))
+    decoded: Tensor = dequantize_4bit(codes, flat)
+    return decoded.reshape(state.shape).to(dtype)

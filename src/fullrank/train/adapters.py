@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fullrank.adapter import fingerprint
+from fullrank.coded import plain_layer
 from fullrank.errors import ConfigError, first_line
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
-from fullrank.factors.quantize import Quantization, dequantize_, plain_layer
+from fullrank.factors.quantize import Quantization, dequantize_
 from fullrank.factors.quantized import QuantizedPair
 from fullrank.ops.seeded import seeded
 from fullrank.params import class_head, is_classifier
