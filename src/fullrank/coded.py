@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,12 @@ def layer_with_codes(model: nn.Module, name: str) -> Any:
 def shape_of(layer: Any) -> tuple[int, int]:
     """Rows and columns of the weight of a layer; what is stored of 4-bit ones is packed."""
     return layer.out_features, layer.in_features
+
+
+def num_entries(weight: Tensor) -> int:
+    """Entries of a weight, which may be kept as codes: two of 4 bits to a byte."""
+    state: Any = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
 
 
 def dtype_beside(model: nn.Module) -> torch.dtype:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
-from fullrank.ops.codes import coded_layers, decode, decoded_shape
+from fullrank.ops.codes import QUANT_STATE, coded_layers, decode, decoded_shape
 from fullrank.ops.merge import product
 
 Shapes = dict[str, tuple[int, ...]]
@@ -167,7 +167,7 @@ class Stored:
         self._coded = coded_layers(self.places)
         for layer, parts in self._coded.items():
             weight = f"{layer}weight"
-            how = {part: self._tensor(layer + part) for part in parts if part not in ("weight", "SCB")}
+            how = {part: self._tensor(layer + part) for part in parts if QUANT_STATE in part}
             self.shapes[weight] = decoded_shape(how, self.shapes[weight])
             self.dtypes[weight] = "F32"
             for part in parts:

@@ -123,7 +123,8 @@ class Replicas:
         """Take over the first process's weights; check the choices, and make those that were given by hand."""
         group = self._wrapper.process_group
         first = sharding.first_process(group)
-        sharding.broadcast([part.weight.detach() for part in self.weights], first, group)
+        plain = [part for part in self.weights if part.leaf is part.weight]
+        sharding.broadcast([part.weight.detach() for part in plain], first, group)
         given = {part: part.given_units() for part in self.weights}
         sums = torch.stack([_checksum(part, given[part]) for part in self.weights])
         theirs = sums.clone()
@@ -201,7 +202,7 @@ class Replicas:
             return
         self._idle.discard(part)
         if grad is None:
-            grad = torch.zeros_like(part.weight)
+            grad = torch.zeros_like(part.leaf)
         sharding.mean_([grad], self._group)
         self._decide(part, grad)
 
