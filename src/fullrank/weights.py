@@ -86,6 +86,14 @@ def holds_factors(folder: str | Path) -> bool:
     return any(name.endswith(FACTOR_A) for name in stored_names(folder))
 
 
+def holds_parts(folder: str | Path) -> bool:
+    """Whether a folder is a checkpoint whose weights ``read_weights`` makes from parts: factors, codes."""
+    if not Path(folder).is_dir():
+        return False
+    is_ours = (Path(folder) / MARKER).is_file()
+    return holds_factors(folder) or (is_ours and bool(coded_layers(stored_names(folder))))
+
+
 def weights_folder(folder: str | Path) -> Path:
     """The folder that holds the weights: the given one, or of a run ``model/``, else its newest checkpoint.
 

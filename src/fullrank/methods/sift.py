@@ -314,7 +314,7 @@ def build(model: nn.Module, config: SiftConfig) -> Built:
         groups = [{"params": list(sift.sparse_mapping.values()), "blocks": _blocks(config)}]
         groups += [{"params": list(sift.dense.values())}] if sift.dense else []
     optimizer = make_adamw(groups, config, seed=config.seed)
-    return Built(optimizer, save_adapter=sift.save_adapter if config.keep_base else None)
+    return Built(optimizer, save_adapter=sift.save_adapter if config.keep_base else None, detach=sift.detach)
 
 
 def state_bytes(model: nn.Module, config: SiftConfig) -> int:
@@ -341,4 +341,9 @@ def _blocks(config: SiftConfig) -> Literal["rows", "flat"]:
     return "rows" if config.scope == "row" else "flat"
 
 
-METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes, finetune_lr=2e-4)
+def dense_layers(model: nn.Module, config: SiftConfig) -> set[str]:
+    """The layers of the exceptions, which train whole and so cannot be kept as codes."""
+    return {name.rpartition(".")[0] for name in divide(model, config.target_modules, config.exception)[1]}
+
+
+METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes, beside_codes=dense_layers, finetune_lr=2e-4)

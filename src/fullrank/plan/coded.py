@@ -10,7 +10,7 @@ from torch import nn
 from fullrank.factors.quantize import BLOCK, plain_linears
 from fullrank.plan.network import Network
 from fullrank.sharding import own_bytes
-from fullrank.train.adapters import heads
+from fullrank.train.coded import heads
 
 if TYPE_CHECKING:
     from fullrank.plan.usage import Usage

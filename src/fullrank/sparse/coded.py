@@ -171,12 +171,12 @@ class CodedSeat(Seat):
         self.module.forward = forward
         self.is_sliced = is_sliced
 
-    def leave(self, model: nn.Module) -> None:
-        """Put a plain linear layer in the place of this one: what it computed with, on its device."""
+    def leave(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+        """Put a plain linear layer in the place of this one, with what it computed with."""
         super().leave(model)
         del self.module.forward
         weight = self.sparse.whole_weight()
-        plain = plain_layer(self.module, weight, self.sparse.dtype, device=None)
+        plain = plain_layer(self.module, weight, self.sparse.dtype, device=device)
         replace_layer(model, self.sparse.name.rpartition(".")[0], plain)
 
     def _take_entries(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -76,8 +76,8 @@ class Seat:
             self.sparse.weight.requires_grad_(True)
             self.is_sliced = False
 
-    def leave(self, model: nn.Module) -> None:
-        """Take everything out of the module again, which is one of the model's; its trained entries stay in it."""
+    def leave(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+        """Take everything out of the module again, one of the model's; the weight keeps its trained entries."""
         self.unslice()
         for handle in (*self._handles, self._listening):
             handle.remove()

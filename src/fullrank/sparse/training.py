@@ -299,14 +299,18 @@ class SparseTraining(ABC):
                 "use_reentrant=True and its embeddings are frozen, pass gradient_checkpointing=True."
             )
 
-    def detach(self) -> None:
-        """Leave the model as a plain one, with its trained weights; this SIFT is then done: steps have no effect."""
+    def detach(self, device: torch.device | str | None = None) -> None:
+        """Leave the model as a plain one, with its trained weights; this SIFT is then done: steps have no effect.
+
+        Args:
+            device: Where layers come to lie whose weights were kept as codes; None: where these were.
+        """
         if self._seats:
             self._replicas.leave()
         if self._anchor is not None:
             self._anchor.leave()
         for seat in self._seats:
-            seat.leave(self.model)
+            seat.leave(self.model, device)
         for handle in self._handles:
             handle.remove()
         for parameter, trained in self._trained.items():
