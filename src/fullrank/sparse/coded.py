@@ -66,6 +66,11 @@ class CodedWeight(SparseWeight):
             self._gate.data = torch.zeros((), dtype=self._dtype, device=self.weight.device).expand(self.layout.shape)
         return self._gate
 
+    @property
+    def mark(self) -> int:
+        """That of the codes, and of what decodes them."""
+        return int(fingerprint({self.name: self.here()}).get(self.name, "0")[:15], 16)
+
     def here(self) -> Tensor:
         """What the codes stand for, in a new tensor; without the values."""
         return read_codes(self.layer, self._dtype)

@@ -134,8 +134,9 @@ class Replicas:
         if any(wrong):
             name = self.weights[wrong.index(1)].name
             raise ConfigError(
-                f"the chosen entries of {name} are not the same in all processes ({sum(wrong)} such weights). Assign "
-                "the same idx in each of them, or load the same optimizer state in each of them."
+                f"the chosen entries of {name} are not the same in all processes ({sum(wrong)} such weights), or its "
+                "codes, where it is kept as such. Assign the same idx in each of them, load the same optimizer state "
+                "in each of them, and make codes of the same weights."
             )
         for part, units in given.items():
             if units is not None:
@@ -301,11 +302,10 @@ def names_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _checksum(part: SparseWeight, given: Tensor | None) -> Tensor:
-    """Three numbers (int64) that tell one choice from another, and a choice from none."""
-    units = given if given is not None else part.index
-    device = part.weight.device
-    if units is None:
-        return torch.zeros(3, dtype=torch.int64, device=device)
-    numbers = units.to(device).flatten().long()
+    """Four numbers (int64) that tell one choice from another, a choice from none, and codes from others."""
+    units, device = given if given is not None else part.index, part.weight.device
+    numbers = torch.zeros(0, dtype=torch.int64) if units is None else units.flatten().long()
+    numbers = numbers.to(device)
     places = torch.arange(1, len(numbers) + 1, device=device)
-    return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum()])
+    mark = torch.tensor(part.mark, device=device)
+    return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum(), mark])
