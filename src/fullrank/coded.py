@@ -14,6 +14,8 @@ from fullrank.ops.codes import ROW_FORMAT, ROW_SCALES, WEIGHT, decode_flat
 KINDS = ("Params4bit", "Int8Params")
 ORIGIN = "_fullrank_origin"
 """Attribute of such a layer: the fingerprint of its weight before it was rounded to codes, where that is known."""
+DECODER = "_fullrank_decoder"
+"""Attribute of a layer that stands for one with codes in a plan: makes what these decode to, in the given type."""
 STEP = 7.874015718698502e-3
 """What bitsandbytes takes for 1 / 127."""
 
@@ -25,15 +27,14 @@ def is_quantized(weight: Any) -> bool:
 
 def layers_with_codes(model: nn.Module) -> dict[str, Any]:
     """Name of each weight that is kept as codes -> its layer; PEFT's layers show that of the one they wrap."""
-    modules = model.named_modules()
-    return {f"{n}.{WEIGHT}".lstrip("."): m for n, m in modules if is_quantized(m._parameters.get(WEIGHT))}
+    return {f"{name}.{WEIGHT}".lstrip("."): module for name, module in model.named_modules() if _has_codes(module)}
 
 
 def layer_with_codes(model: nn.Module, name: str) -> Any:
     """The layer whose weight has this name, if it is kept as codes; else None."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    return module if attribute == WEIGHT and is_quantized(module._parameters.get(WEIGHT)) else None
+    return module if attribute == WEIGHT and _has_codes(module) else None
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
@@ -52,15 +53,20 @@ def dtype_beside(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point() and not is_quantized(p)), torch.float32)
 
 
-def has_codes(layer: Any) -> bool:
+def is_encoded(layer: Any) -> bool:
     """Whether the codes are there yet: bitsandbytes makes them when a layer is moved to its device."""
     weight = layer.weight
+    if hasattr(layer, DECODER):
+        return True
     return weight.quant_state is not None if type(weight).__name__ == "Params4bit" else weight.dtype == torch.int8
 
 
 def read_codes(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """The decoded weight of a layer (M x N), rounded once to this type."""
     weight: Any = layer.weight
+    if (decoder := getattr(layer, DECODER, None)) is not None:
+        stand_in: Tensor = decoder(dtype)
+        return stand_in
     if type(weight).__name__ == "Params4bit":
         from bitsandbytes import functional
 
@@ -117,6 +123,10 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of the one of this name."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, layer)
+
+
+def _has_codes(module: nn.Module) -> bool:
+    return is_quantized(module._parameters.get(WEIGHT)) or hasattr(module, DECODER)
 
 
 def _int8(layer: Any) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from fullrank.factors import FactorConfig
 from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built
 from fullrank.optimizer import MethodOptimizer
+from fullrank.plan.coded_sparse import keep_as_codes_
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import FIRST, INNER, STEADY, STEP, as_moments, on_device
 from fullrank.plan.tracker import GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
@@ -71,7 +72,7 @@ class Work:
         beside = {name: getattr(self.options, name, None) for name in BESIDE}
         own = (self.method, self.options) if self.steps_in_backward else (factors, None if factors is None else beside)
         rest = (self.sequence_length, self.checkpointing, self.fused_backward, self.autocast, self.accumulates)
-        return repr((*own, *rest, self.padded))
+        return repr((*own, *rest, self.padded, self.quantization if self.is_sparse else None))
 
 
 def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: int) -> dict[Region, NDArray[np.int64]]:
@@ -133,6 +134,8 @@ def _model(network: Network, work: Work, *, num_layers: int) -> PreTrainedModel:
     if request is not None and (wanted := request(work.options)) is not None:
         with torch.device("meta"):
             add_factors(model, wanted)
+    if work.is_sparse and work.quantization is not None:
+        keep_as_codes_(model, work.method, work.options, work.quantization)
     if work.checkpointing:
         model.gradient_checkpointing_enable()
     return model

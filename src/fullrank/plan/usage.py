@@ -132,7 +132,7 @@ class Planner:
     def _placed(self, found: Usage, setting: Setting, moments: Moments | None) -> Usage:
         """In the type that the base is kept in, and on the GPUs that there are."""
         network, work = setting.network, setting.work
-        if work.quantization is not None:
+        if work.quantization is not None and (found.source == "formula" or not work.is_sparse):
             found = coded(found, network, work.quantization)
         return spread(found, moments, network, work, setting.spread)
 

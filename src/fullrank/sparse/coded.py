@@ -66,7 +66,6 @@ class CodedWeight(SparseWeight):
             self._gate.data = torch.zeros((), dtype=self._dtype, device=self.weight.device).expand(self.layout.shape)
         return self._gate
 
-    @property
     def mark(self) -> int:
         """That of the codes, and of what decodes them."""
         return int(fingerprint({self.name: self.here()}).get(self.name, "0")[:15], 16)

@@ -307,5 +307,5 @@ def _checksum(part: SparseWeight, given: Tensor | None) -> Tensor:
     numbers = torch.zeros(0, dtype=torch.int64) if units is None else units.flatten().long()
     numbers = numbers.to(device)
     places = torch.arange(1, len(numbers) + 1, device=device)
-    mark = torch.tensor(part.mark, device=device)
+    mark = torch.tensor(part.mark(), device=device)
     return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum(), mark])

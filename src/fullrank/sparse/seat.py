@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.coded import has_codes, is_quantized, layer_with_codes, shape_of
+from fullrank.coded import is_encoded, is_quantized, layer_with_codes, shape_of
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.ops.sliced import SlicedLinear
 from fullrank.ops.sparse import Layout
@@ -195,7 +195,7 @@ def layout_of(
     shape = tuple(weight.shape) if coded is None else shape_of(coded)
     if scope == "row":
         return Layout(shape, per_row=True)
-    if granularity == "entry" or weight.ndim < 2:
+    if granularity == "entry" or len(shape) < 2:
         return Layout(shape)
     owner = model.get_submodule(name.rpartition(".")[0])
     if (type(owner) is not nn.Linear and coded is None) or len(names) > 1:
@@ -216,7 +216,7 @@ def layout_of(
 
 def _refuse_codes(name: str, layer: Any, names: Sequence[str]) -> None:
     """Raise ConfigError for a weight of codes that cannot be trained beside."""
-    if not has_codes(layer):
+    if not is_encoded(layer):
         raise ConfigError(
             f"{name} has no codes yet: bitsandbytes makes them when a layer comes to its device. Move the model there "
             "before SIFT is made."

@@ -100,7 +100,6 @@ class SparseWeight:
         """The tensor that the weight's gradient arrives at."""
         return self.weight
 
-    @property
     def mark(self) -> int:
         """A number that tells what never changes of the weight from others; 0: all of it may."""
         return 0
