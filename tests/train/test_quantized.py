@@ -203,7 +203,7 @@ def test_a_sift_run_on_codes(kind: str, changes: dict[str, Any], made: tuple[Pat
     name = "model.layers.0.mlp.up_proj.weight"
     adapted = load_trained(str(made[0]), adapter=str(tmp_path / "whole" / "adapter")).model.state_dict()
     update = adapted[name] - plain[name]
-    assert 0 < (update != 0).float().mean() < 0.2
+    assert 0 < (update != 0).float().mean() < 0.4  # of density 0.3
     rounding = (trained[name] - update - plain[name]).abs().max()
     assert 0 < rounding <= WORST[kind] * plain[name].abs().max() + 1e-3
     config = resolve(given | {"output_dir": str(tmp_path / "part")}, changes)
