@@ -174,38 +174,43 @@ def test_a_lora_run_on_codes(kind: str, made: tuple[Path, Path], tmp_path: Path)
     assert update.abs().max() > 1e-4
 
 
-SIFT_RUNS = [
-    ("nf4", {"method.granularity": "row", "trainer.gradient_checkpointing": True}),
-    pytest.param("int8", {"trainer.load_best_model_at_end": True}, marks=pytest.mark.slow),
-    pytest.param("nf4-double", {"trainer.bf16": True, "trainer.fused_backward": True}, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("kind", "changes"), SIFT_RUNS)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("nf4", {"method.granularity": "row", "trainer.gradient_checkpointing": True}),
+        pytest.param("int8", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_sift_run_on_codes(kind: str, changes: dict[str, Any], made: tuple[Path, Path], tmp_path: Path) -> None:
-    """It learns and resumes bit for bit; checkpoints and model are the decoded base with the entries put in."""
-    steps = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
-    given = content(made, tmp_path / "whole", kind, "sift", **steps)
-    result = runs.finetune(resolve(given, changes))
+    """It learns; checkpoints and model are the decoded base with the entries put in; the adapter has these alone."""
+    result = runs.finetune(resolve(content(made, tmp_path / "run", kind, "sift"), changes))
     assert result is not None
     assert result["scores"]["loss"] < 0.5 * result["scores_before"]["loss"]
     assert result["optimizer_state_bytes"] == result["optimizer_state_peak_bytes"]
-    plain, trained = load_file(made[0] / "model.safetensors"), weights(tmp_path / "whole")
-    assert {name: (t.shape, t.dtype) for name, t in trained.items()} == {
-        n: (t.shape, t.dtype) for n, t in plain.items()
-    }
-    last = tmp_path / "whole" / "checkpoint-10"
+    plain, trained = load_file(made[0] / "model.safetensors"), weights(tmp_path / "run")
+    kinds = [{name: (t.shape, t.dtype) for name, t in one.items()} for one in (trained, plain)]
+    assert kinds[0] == kinds[1]
+    last = tmp_path / "run" / "checkpoint-10"
     stored = read_weights(last)
     assert stored.shapes.keys() == trained.keys()
     for name, tensor in trained.items():
         torch.testing.assert_close(stored.read(name).float(), tensor, rtol=0, atol=1e-6)
     torch.testing.assert_close(dict(load_trained(str(last)).model.state_dict()), trained, rtol=0, atol=1e-6)
     name = "model.layers.0.mlp.up_proj.weight"
-    adapted = load_trained(str(made[0]), adapter=str(tmp_path / "whole" / "adapter")).model.state_dict()
+    adapted = load_trained(str(made[0]), adapter=str(tmp_path / "run" / "adapter")).model.state_dict()
     update = adapted[name] - plain[name]
-    assert 0 < (update != 0).float().mean() < 0.4  # of density 0.3
+    assert 0.1 < (update != 0).float().mean() < 0.4  # of a density of 0.3
     rounding = (trained[name] - update - plain[name]).abs().max()
     assert 0 < rounding <= WORST[kind] * plain[name].abs().max() + 1e-3
+
+
+@pytest.mark.slow
+def test_a_resumed_sift_run_is_the_same(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Bit for bit, under autocast and update during backward; the best model comes back with its entries."""
+    steps = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+    changes = {"trainer.bf16": True, "trainer.fused_backward": True, "trainer.load_best_model_at_end": True}
+    given = content(made, tmp_path / "whole", "nf4-double", "sift", **steps)
+    runs.finetune(resolve(given, changes))
     config = resolve(given | {"output_dir": str(tmp_path / "part")}, changes)
     runs.finetune(config)
     shutil.rmtree(tmp_path / "part" / "checkpoint-10")
