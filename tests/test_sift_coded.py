@@ -332,13 +332,18 @@ def test_refused(settings: dict[str, Any], error: Any, message: str) -> None:
     assert not any(name.endswith("_sparse") for name, _ in model.named_parameters())
 
 
-def test_codes_that_are_not_made_yet_and_shared_ones_are_refused() -> None:
+def test_layers_that_cannot_be_replaced_are_refused() -> None:
     import bitsandbytes
 
     model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64), nn.Linear(64, 2))
     assert is_quantized(model[0].weight)
     with pytest.raises(ConfigError, match=r"0\.weight has no codes yet.*Move the model there"):
         SIFT(model, RATE, ["0"])
+    hooked, _ = pair("int8")
+    hooked.down.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedError, match=r"the forward pass of down\.weight was replaced already"):
+        sift_on(hooked)
+    assert not any(name.endswith("_sparse") for name, _ in hooked.named_parameters())
     shared, _ = pair("int8")
     shared.again = shared.up
     with pytest.raises(ConfigError, match=r"up\.weight is kept as codes and in several places"):

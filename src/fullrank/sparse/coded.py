@@ -25,7 +25,7 @@ from fullrank.coded import (
     read_codes,
     replace_layer,
 )
-from fullrank.errors import CheckpointError, UnsupportedError
+from fullrank.errors import CheckpointError
 from fullrank.ops import sparse
 from fullrank.ops.coded_linear import CodedLinear
 from fullrank.ops.codes import ENTRY_PARTS, has_all_entries, pack_entries, unpack_entries
@@ -139,20 +139,11 @@ class CodedWeight(SparseWeight):
 
 
 class CodedSeat(Seat):
-    """One such weight in its layer, whose forward pass is ours from now on.
-
-    Raises:
-        UnsupportedError: If something else has replaced the layer's forward pass, as offloading hooks do.
-    """
+    """One such weight in its layer, whose forward pass is ours from now on."""
 
     sparse: CodedWeight
 
     def __init__(self, sparse: CodedWeight, module: nn.Module, attribute: str, receiver: Receiver) -> None:
-        if "forward" in vars(module):
-            raise UnsupportedError(
-                f"the forward pass of {sparse.name} was replaced already (by a device map or offloading?), and SIFT "
-                "has to replace it where a weight is kept as codes. Load the model onto one device."
-            )
         super().__init__(sparse, module, attribute, receiver)
         self.unslice()
         self._handles += [

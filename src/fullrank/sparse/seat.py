@@ -151,12 +151,18 @@ def find_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
     Raises:
         ConfigError: If the place for its values is taken, as it is in a model that has a SIFT already.
+        UnsupportedError: If it is kept as codes and something else has replaced its layer's forward pass.
     """
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if hasattr(module, attribute + SUFFIX):
         raise ConfigError(
             f"{name}{SUFFIX} exists already: this model has a SIFT. Go on with that one, or call its detach() first."
+        )
+    if layer_with_codes(model, name) is not None and "forward" in vars(module):
+        raise UnsupportedError(
+            f"the forward pass of {name} was replaced already (by a device map or offloading?), and SIFT has to "
+            "replace it where a weight is kept as codes. Load the model onto one device."
         )
     return module, attribute
 
