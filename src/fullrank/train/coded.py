@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fullrank.coded import dtype_beside
 from fullrank.factors.quantize import Quantization, dequantize_
 from fullrank.methods import Built, Method
 from fullrank.params import class_head
@@ -35,11 +34,10 @@ def keep_as_codes(model: PreTrainedModel, method: Method, config: RunConfig, dev
     quantization.unmark_(model)
 
 
-def decode_(model: PreTrainedModel, built: Built) -> None:
+def decode_(model: PreTrainedModel, built: Built, config: RunConfig) -> None:
     """Leave the plain model behind, on the host, which has held it whole before."""
-    dtype = dtype_beside(model)
     assert built.detach is not None
     built.detach("cpu")
-    dequantize_(model, dtype)
+    dequantize_(model, getattr(torch, config.model.dtype))
     plain: Any = model  # its ``to`` is wrapped in one that mypy does not see through
     plain.to("cpu")

@@ -110,7 +110,7 @@ def save_trained(
     if adapters is not None:
         adapters.remove()
     elif config.model.quantization is not None:
-        decode_(model, built)
+        decode_(model, built, config)
     vars(model).pop("save_pretrained")  # under transformers' own names again
     trainer.save_model(str(folder / "model"))
     return model, sizes
