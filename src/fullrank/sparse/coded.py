@@ -53,6 +53,7 @@ class CodedWeight(SparseWeight):
         self._dtype = dtype
         self._gate = torch.zeros((), dtype=dtype, device=layer.weight.device).expand(layout.shape).requires_grad_()
         super().__init__(name, layer.weight, layout, num_units, keep_base=keep_base)
+        self.own_layout = layout  # not of the shape that codes have
 
     @property
     def dtype(self) -> torch.dtype:

@@ -59,8 +59,7 @@ class SparseWeight:
         self.num_units = num_units
         self.keep_base = keep_base
         self.split = split_of(weight, name=name)
-        own = layout.shape if self.split is None else tuple(local(weight).shape)
-        self.own_layout = dataclasses.replace(layout, shape=own)
+        self.own_layout = dataclasses.replace(layout, shape=tuple(local(weight).shape))
         """How what this process holds of the weight is divided."""
         self.how = "rows" if self.split is not None and self.split.dim == 0 else "whole"
         shape = (layout.rows, num_units) if layout.per_row else (num_units * layout.unit_numel,)
