@@ -1,6 +1,7 @@
 """Validation perplexity of every method at its best learning rate: one model, one loop, the same tokens.
 
-    python benchmarks/convergence.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz
+    python benchmarks/convergence.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz \\
+        --output benchmarks/results/convergence_HARDWARE_YYYYMM.json
 
 A LLaMA of about 4 M parameters; each variant at a small grid of learning rates (``grid.py``). Writes JSON with the
 environment and prints the table.

@@ -10,15 +10,18 @@ from fullrank.analysis.figure import COLOURS, GREY, new_figure, plain, save_png
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 PEERS = "transformers"
 STEP_CASES = {
-    "torch AdamW fused": ("AdamW, fused", ""),
-    "fullrank FiraAdamW": ("Fira", "power"),
-    "fira FiraAdamW": ("Fira, package", "svd"),
-    "fullrank GaLoreAdamW": ("GaLore", "power"),
-    "galore-torch GaLoreAdamW": ("GaLore, package", "svd"),
-    "fullrank ApolloAdamW": ("APOLLO", "random"),
-    "apollo-torch APOLLOAdamW": ("APOLLO, package", "random"),
+    ("torch AdamW fused", ""): "AdamW, fused",
+    ("fullrank FiraAdamW", "power"): "Fira",
+    ("fullrank FiraAdamW", "svd"): "Fira, SVD",
+    ("fira FiraAdamW", "svd"): "Fira, package, SVD",
+    ("pytorch_optimizer Fira", "svd"): "Fira, pytorch_optimizer, SVD",
+    ("fullrank GaLoreAdamW", "power"): "GaLore",
+    ("fullrank GaLoreAdamW", "svd"): "GaLore, SVD",
+    ("galore-torch GaLoreAdamW", "svd"): "GaLore, package, SVD",
+    ("fullrank ApolloAdamW", "random"): "APOLLO",
+    ("apollo-torch APOLLOAdamW", "random"): "APOLLO, package",
 }
-"""Case of step_time.py -> its name in the figure, and the basis of the bar."""
+"""Case and basis of step_time.py -> name of the bar."""
 Report = dict[str, Any]
 
 
@@ -56,24 +59,25 @@ def draw_throughput(reports: list[Report]) -> Path:
 def draw_step_time(reports: list[Report]) -> Path:
     """A panel a machine: bars of the time of a step with its share of a refresh, whole models, the bound as a line."""
     panels = [(report, size) for report in reports for size in report["settings"]["sizes"]]
-    figure = new_figure(4.6 * len(panels), 2.8)
+    figure = new_figure(5.2 * len(panels), 3.4)
     for axes, (report, size) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = [row for row in report["rows"] if (row["size"], row["scope"]) == (size, "model")]
         dtype, rank = rows[0].get("dtype"), rows[0]["rank"]  # the first of several
         rows = [row for row in rows if (row.get("dtype"), row["rank"]) == (dtype, rank)]
         bound = next(row["step_s"] for row in rows if row["case"] == "bound")
         wanted = {(row["case"], row["basis"]): row for row in rows}
-        shown = [(name, wanted[case, basis]) for case, (name, basis) in STEP_CASES.items() if (case, basis) in wanted]
+        shown = [(name, wanted[key]) for key, name in STEP_CASES.items() if key in wanted]
         steps = [1e3 * row["step_s"] for _, row in shown]
         rest = [1e3 * (row["amortised_s"] - row["step_s"]) for _, row in shown]
-        colours = [COLOURS[4] if "package" in name else COLOURS[0] for name, _ in shown]
+        own = ("fullrank", "torch ")
+        colours = [COLOURS[0] if row["case"].startswith(own) else COLOURS[4] for _, row in shown]
         axes.barh(range(len(shown)), steps, color=colours)
         axes.barh(range(len(shown)), rest, left=steps, color=COLOURS[1], label="refresh, over 200 steps")
         axes.axvline(1e3 * bound, color=GREY, linewidth=1, linestyle="--", label="bound of Fira and GaLore")
         axes.set_yticks(range(len(shown)), [name for name, _ in shown])
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds a step")
-        axes.set_title(f"LLaMA {size}, {device_of(report)}", fontsize="medium")
+        axes.set_title(f"LLaMA {size}, {dtype or 'float32'}, {device_of(report)}", fontsize="medium")
         plain(axes)
         axes.grid(visible=False, axis="y")
     axes.legend(frameon=False, fontsize="small")

@@ -23,6 +23,13 @@ MADE = re.compile(r"(<!-- made: ([\w-]+) -->)(.*?)(<!-- made -->)", re.DOTALL)
 OURS = {"fullrank FiraAdamW": "power", "fullrank GaLoreAdamW": "power", "fullrank ApolloAdamW": "random"}
 """Our optimizers in step_time.py, each with the basis that it takes by default."""
 FIRA = "fullrank FiraAdamW"
+PEERS = {
+    "fira FiraAdamW": FIRA,
+    "pytorch_optimizer Fira": FIRA,
+    "galore-torch GaLoreAdamW": "fullrank GaLoreAdamW",
+    "apollo-torch APOLLOAdamW": "fullrank ApolloAdamW",
+}
+"""Published optimizers in step_time.py, and ours of the same method."""
 Row = dict[str, Any]
 
 
@@ -41,12 +48,18 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def where(report: Row) -> str:
-    """The machine and the precision of a report, with a link to its file."""
+    """The machine, how busy it was, precision and versions of a report, with a link to its file."""
     known, path, dtypes = report["environment"], report["path"], report["settings"]["dtype"]
     threads = "" if known["gpu"] else f", {known['threads']} threads"
     dtype = dtypes if isinstance(dtypes, str) else " and ".join(dtypes)
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items() if name != "fullrank")
     link = f"[`{path.name}`](../{path.relative_to(ROOT)})"
-    return f"{known['gpu'] or known['cpu']}{threads}, {dtype}, torch {known['versions']['torch']}: {link}"
+    return f"{known['gpu'] or known['cpu']}{threads}, {load(report)}; {dtype}; {versions}: {link}"
+
+
+def load(report: Row) -> str:
+    """What else the machine did: 1 is a core in use."""
+    return f"load average {report['environment']['load_average_at_start']:.1f} at the start"
 
 
 def times(number: float | None) -> str:
@@ -59,28 +72,78 @@ def step_rows(report: Row) -> list[Row]:
     return [row for row in report["rows"] if OURS.get(row["case"]) == row["basis"]]
 
 
-def over_adamw(row: Row) -> float:
-    """A step with its share of a refresh over fused AdamW's with float32 states."""
-    return float(row.get("amortised_over_adamw_float32", row["amortised_over_adamw"]))
+def shapes(report: Row, row: Row) -> str:
+    """What was stepped."""
+    return f"{row['size']}, {row['scope']}, {dtype_of(row, report)}"
+
+
+def dtype_of(row: Row, report: Row) -> str:
+    """The type of weights and gradients of a row."""
+    return str(row.get("dtype", report["settings"]["dtype"]))
 
 
 def step_time() -> str:
     """Every size, precision, rank and scope."""
     head = ["shapes", "rank", "optimizer", "step, ms", "of its bound", "a refreshing step, of a plain one"]
-    head += ["a step at gap 200, ms", "of its bound", "of fused AdamW's", "authors' package over ours"]
+    head += ["a step at gap 200, ms", "of its bound", "of fused AdamW's, same type", "of fused AdamW's, all float32"]
     parts = []
     for report in reports("step_time"):
         rows = []
         for row in step_rows(report):
-            dtype = row.get("dtype", report["settings"]["dtype"])
             bound = row["step_s"] / row["step_over_bound"]
-            cells = [f"{row['size']}, {row['scope']}, {dtype}", str(row["rank"]), f"`{row['case'].split()[1]}`"]
+            cells = [shapes(report, row), str(row["rank"]), f"`{row['case'].split()[1]}`"]
             cells += [f"{row['step_s'] * 1e3:.1f}", times(row["step_over_bound"])]
             cells += [times(1 + row["refresh_s"] / row["step_s"]), f"{row['amortised_s'] * 1e3:.1f}"]
-            cells += [times(row["amortised_s"] / bound), times(over_adamw(row))]
-            rows.append([*cells, times(row["authors_amortised_over_this"])])
+            cells += [times(row["amortised_s"] / bound), times(row["amortised_over_adamw"])]
+            rows.append([*cells, times(over_float32_adamw(row, dtype_of(row, report)))])
         parts.append(f"{where(report)}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
+
+
+def over_float32_adamw(row: Row, dtype: str) -> float | None:
+    """A step over that of fused AdamW on float32 weights, gradients and states."""
+    return row["amortised_over_adamw"] if dtype == "float32" else row.get("amortised_over_adamw_float32")
+
+
+def peers() -> str:
+    """Each published optimizer beside ours of the same method: as each is by default, and both by SVD."""
+    head = ["shapes", "rank", "package", "its step at gap 200, ms", "over ours", "over ours, SVD in both"]
+    parts = []
+    for report in reports("step_time"):
+        rows = []
+        for row in report["rows"]:
+            if row["case"] not in PEERS or row["basis"] != ("random" if is_random(row) else "svd"):
+                continue
+            name, optimizer = row["case"].split()
+            cells = [shapes(report, row), str(row["rank"]), f"`{name}`, `{optimizer}`"]
+            cells += [f"{row['amortised_s'] * 1e3:.1f}", times(over_ours(report, row)), times(both_by_svd(report, row))]
+            rows.append(cells)
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def is_random(peer: Row) -> bool:
+    """Whether a method projects at random by default, here and there."""
+    return OURS[PEERS[peer["case"]]] == "random"
+
+
+def over_ours(report: Row, peer: Row, basis: str = "") -> float:
+    """A published optimizer's step, refreshes included, over ours with a basis (default: that of our class)."""
+    case = PEERS[peer["case"]]
+    ours = next(row for row in report["rows"] if is_beside(row, peer, case, basis or OURS[case]))
+    return float(peer["amortised_s"] / ours["amortised_s"])
+
+
+def both_by_svd(report: Row, peer: Row) -> float:
+    """The same where each refreshes by SVD."""
+    exact = next(row for row in report["rows"] if is_beside(row, peer, peer["case"], "svd"))
+    return over_ours(report, exact, "svd")
+
+
+def is_beside(row: Row, other: Row, case: str, basis: str) -> bool:
+    """Whether a row is of this case and basis, timed together with another."""
+    same = all(row.get(key) == other.get(key) for key in ("size", "dtype", "rank", "scope"))
+    return same and (row["case"], row["basis"]) == (case, basis)
 
 
 def targets() -> str:
@@ -136,7 +199,8 @@ def phases() -> str:
 
 def loop() -> str:
     """The loops around a network that takes no time."""
-    found = [(report["environment"]["gpu"] or "CPU", report["overhead"]) for report in reports("throughput")]
+    whole = [report for report in reports("throughput") if report["overhead"]]
+    found = [(report["environment"]["gpu"] or "CPU", report["overhead"]) for report in whole]
     names = [row["loop"] for row in found[0][1]]
     by_name = [{row["loop"]: row["step_ms"] for row in rows} for _, rows in found]
     head = ["loop", *(f"ms a step, {device}" for device, _ in found)]
@@ -166,13 +230,14 @@ def at_published_batch() -> str:
 
 
 def steps_over_adamw(case: str) -> str:
-    """A step as a multiple of fused AdamW's, on whole models in the first precision and rank of each size."""
+    """A step as a multiple of fused AdamW's of the same type, on whole models in the first rank of each size."""
     found: dict[str, str] = {}
     for report in reports("step_time"):
         device = report["environment"]["gpu"] or "CPU"
         for row in step_rows(report):
             if row["case"] == case and row["scope"] == "model":
-                found.setdefault(f"{row['size']}, {device}", times(over_adamw(row)))
+                name = f"{row['size']}, {dtype_of(row, report)}, {device}"
+                found.setdefault(name, times(row["amortised_over_adamw"]))
     return "; ".join(f"{ratio} ({where})" for where, ratio in found.items())
 
 
@@ -195,7 +260,19 @@ def fira_against(key: str, *, dtype: str = "float32", case: str = FIRA) -> str:
     report = next(reports("step_time"))
     rows = step_rows(report) if case == FIRA else report["rows"]
     rows = [row for row in rows if row["case"] == case and row["scope"] == "model"]
-    found = [row[key] for row in rows if row.get("dtype", "float32") == dtype]
+    return span(row[key] for row in rows if dtype_of(row, report) == dtype)
+
+
+def fira_beside(package: str, basis: str, *, dtype: str = "float32") -> str:
+    """The same of a package's step over ours with a basis."""
+    report = next(reports("step_time"))
+    rows = [row for row in report["rows"] if row["case"] == package and row["scope"] == "model"]
+    return span(over_ours(report, row, basis) for row in rows if dtype_of(row, report) == dtype)
+
+
+def span(numbers: Iterable[float]) -> str:
+    """From the least to the most."""
+    found = list(numbers)
     least, most = (f"{number:.1f}" for number in (min(found), max(found)))
     return least if least == most else f"{least} to {most}"
 
@@ -204,6 +281,7 @@ def blocks() -> dict[str, str]:
     """All that pages hold, by name."""
     return {
         "step-time": step_time(),
+        "peers": peers(),
         "targets": targets(),
         "throughput": throughput(),
         "phases": phases(),
@@ -211,11 +289,18 @@ def blocks() -> dict[str, str]:
         "published": published(),
         "fira-at-published-batch": at_published_batch(),
         "fira-throughput": share("fira"),
-        "fira-over-package": fira_against("authors_amortised_over_this"),
+        "throughput-load": load(next(reports("throughput"))),
+        "fira-over-package": fira_beside("fira FiraAdamW", "power"),
+        "fira-over-package-half": fira_beside("fira FiraAdamW", "power", dtype="bfloat16"),
+        "fira-svd-over-package": fira_beside("fira FiraAdamW", "svd"),
+        "fira-svd-over-package-half": fira_beside("fira FiraAdamW", "svd", dtype="bfloat16"),
+        "fira-over-other": fira_beside("pytorch_optimizer Fira", "power"),
+        "fira-over-other-half": fira_beside("pytorch_optimizer Fira", "power", dtype="bfloat16"),
         "fira-over-adamw": fira_against("amortised_over_adamw"),
+        "fira-over-adamw-half": fira_against("amortised_over_adamw", dtype="bfloat16"),
+        "fira-over-float32-adamw-half": fira_against("amortised_over_adamw_float32", dtype="bfloat16"),
         "fira-over-bound": fira_against("step_over_bound"),
         "fira-over-bound-half": fira_against("step_over_bound", dtype="bfloat16"),
-        "fira-over-package-half": fira_against("authors_amortised_over_this", dtype="bfloat16"),
         "package-over-bound": fira_against("step_over_bound", case="fira FiraAdamW"),
     }
 

@@ -1,6 +1,7 @@
 """Validation perplexity by the types of weights and moments and by rounding: one model, one loop, the same tokens.
 
-    python benchmarks/precision.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz
+    python benchmarks/precision.py --data wikipedia.train.jsonl.gz --validation wikipedia.validation.jsonl.gz \\
+        --output benchmarks/results/precision_HARDWARE_YYYYMM.json
 
 The model and the loop of ``convergence.py`` at one learning rate for each method, the best of that benchmark for
 float32 weights. Besides, how a second moment follows gradients whose size changes, in each type. Writes JSON with the

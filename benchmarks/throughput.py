@@ -38,6 +38,8 @@ from fullrank.train.model import PAPER_SIZES
 YARDSTICK = "full"
 PUBLISHED_TOKENS = 512 * 256
 """Tokens of an optimizer step in the papers' pre-training."""
+OVERHEAD_WARMUP = 10
+"""Steps around the small network that are not counted."""
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 CPU_CASES = [*METHODS, "fira+8bit", "fira+fused_backward", "full+checkpointing", "fira+checkpointing"]
 CUDA_CASES = [*CPU_CASES, "full+8bit", "full+fused_backward", "fira+logging10", "fira+workers"]
@@ -150,7 +152,9 @@ def overhead(options: argparse.Namespace, device: torch.device) -> list[dict[str
     }
     times, _ = step_times(works, num_steps=options.overhead_steps, device=device)
     free(device)
-    return [{"loop": name, "step_ms": 1e3 * statistics.median(found[10:])} for name, found in times.items()]
+    return [
+        {"loop": name, "step_ms": 1e3 * statistics.median(found[OVERHEAD_WARMUP:])} for name, found in times.items()
+    ]
 
 
 def shared_of(
@@ -206,7 +210,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--sizes", nargs="+", help="default: 20m, and 130m 350m 1b on a GPU")
     parser.add_argument("--cases", nargs="+", help="methods, each with words after +, such as fira+8bit")
@@ -223,12 +227,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timed-gap", type=int, default=5, help="steps between two refreshes or restarts while timed")
     parser.add_argument("--gap", type=int, default=200, help="steps between two refreshes, to spread them over")
     parser.add_argument("--restart-gap", type=int, default=5000, help="the same of ReLoRA's restarts")
-    parser.add_argument("--overhead-steps", type=int, default=200)
+    parser.add_argument("--overhead-steps", type=int, default=200, help=f"above {OVERHEAD_WARMUP}, which do not count")
     parser.add_argument("--at-once", type=int, help="runs beside full AdamW; default: all, and 2 on a GPU")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the other trainers out")
     parser.add_argument("--data", default="python-docs")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/throughput_<hardware>_<yyyymm>.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     is_gpu = options.device == "cuda"
     options.sizes = options.sizes or (["130m", "350m", "1b"] if is_gpu else ["20m"])
     options.cases = options.cases or (CUDA_CASES if is_gpu else CPU_CASES)
@@ -236,28 +240,46 @@ def parse_arguments() -> argparse.Namespace:
     options.batch = options.batch or (64 if is_gpu else 8)
     options.vocabulary = options.vocabulary or (32000 if is_gpu else 4096)
     options.at_once = options.at_once or (2 if is_gpu else 0)
+    if options.overhead_steps <= OVERHEAD_WARMUP:
+        parser.error(
+            f"--overhead-steps {options.overhead_steps} leaves none to count: the first {OVERHEAD_WARMUP} warm up."
+        )
+    if missing := {YARDSTICK, "fira"} - set(options.cases):
+        parser.error(f"--cases needs {' and '.join(sorted(missing))}, which the others are compared with.")
+    for case in options.cases:
+        events = event_steps(case, options.timed_gap, options.steps)
+        if len(set(range(options.warmup, options.steps)) - events) < 2:
+            parser.error(
+                f"--steps {options.steps} less --warmup {options.warmup} leaves {case} less than two steps without a "
+                f"refresh or restart, which comes every --timed-gap {options.timed_gap} steps. Make more steps."
+            )
     return options
 
 
-def measure_all(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The results of every size, and of the loop."""
-    sizes = []
+def measure_size(size: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The results of a size."""
+    shared = shared_of(f"llama-{size}", options, device)
+    rows, left_out = measure(shared, options)
+    parts = phases(shared, options)
+    return {
+        "size": size,
+        "rank": shared.rank,
+        "tokens_per_step": shared.tokens,
+        "rows": rows,
+        "left_out": left_out,
+        "phases": parts,
+        "fira_at_published_batch": at_published_batch(rows, parts, shared),
+    }
+
+
+def measure_all(report: dict[str, Any], options: argparse.Namespace, device: torch.device, output: Path) -> None:
+    """Every size, and the loop; what is measured is written before the next begins."""
+    report |= {"sizes": [], "overhead": []}
     for size in options.sizes:
-        shared = shared_of(f"llama-{size}", options, device)
-        rows, left_out = measure(shared, options)
-        parts = phases(shared, options)
-        sizes.append(
-            {
-                "size": size,
-                "rank": shared.rank,
-                "tokens_per_step": shared.tokens,
-                "rows": rows,
-                "left_out": left_out,
-                "phases": parts,
-                "fira_at_published_batch": at_published_batch(rows, parts, shared),
-            }
-        )
-    return {"sizes": sizes, "overhead": overhead(options, device)}
+        report["sizes"].append(measure_size(size, options, device))
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report["overhead"] = overhead(options, device)
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -269,14 +291,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     known = environment(device)
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "sizes")}
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        report = {"environment": known, "settings": settings} | measure_all(
-            options, device
-        )  # drawn, but not seen: bars
+    report: dict[str, Any] = {"environment": known, "settings": settings}
     hardware = (known["gpu"] or f"{known['cpu']} {known['threads']} threads").lower().replace(" ", "-")
     output = options.output or RESULTS / f"throughput_{hardware}_{known['date'][:7].replace('-', '')}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        measure_all(report, options, device, output)  # bars are drawn, but not seen
     print(table(report))
     print(f"wrote {output}")
 

@@ -1,10 +1,12 @@
-"""Fixtures for all tests: one thread, and one small problem for each kind of weight."""
+"""For all tests: who runs which, one thread, and one small problem for each kind of weight."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,25 @@ from torch import Tensor
 
 from tests.problems import SHAPES, make_gradients, make_weight
 
+with contextlib.suppress(ImportError):  # pytest-xdist is not there, or switched off
+    from tests import scheduling
+
 Problem = tuple[Tensor, list[Tensor]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In each of pytest-xdist's processes."""
+    if hasattr(config, "workerinput"):
+        scheduling.sort_long_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Ours in place of the usual one."""
+    if config.getvalue("dist") != "load":
+        return None
+    config.option.loadscopereorder = False
+    return scheduling.LongFirst(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

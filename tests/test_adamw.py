@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fullrank import AdamW, ConfigError
 from tests.problems import relative_error
 
-SHAPES = [(80, 96), (96,), (3, 5), (8, 3, 2, 2)]
+SHAPES = [(80, 96), (96,), (3, 5), (8, 3, 2, 2), ()]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"lr": 3e-2, "weight_decay": 0.3},
@@ -25,11 +25,11 @@ def weights_of(dtype: torch.dtype, shapes: list[tuple[int, ...]] | None = None) 
 
 
 def trained(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int = 30) -> list[Tensor]:
-    """Gradients of very different sizes by column, with a mean; the last weight has none in every third step."""
+    """Gradients of very different sizes by column, with a mean; a scalar among them; the last has none in every third step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for weight in weights:
-            size = torch.logspace(0.0, -2.0, weight.shape[-1])
+            size = torch.logspace(0.0, -2.0, weight.shape[-1]) if weight.ndim else 0.1
             gradient = size * (torch.randn(weight.shape, generator=generator) + 0.3)
             skipped = step % 3 == 2 and weight is weights[-1] and len(weights) > 1
             weight.grad = None if skipped else gradient.to(weight.dtype)

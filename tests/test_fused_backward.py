@@ -477,6 +477,15 @@ class TestRefusals:
         with pytest.raises((UnsupportedError, RuntimeError), match=r"second gradient|modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_a_weight_that_is_read_again_later_in_the_pass(self, name: str) -> None:
+        """Its value of before the step is gone: an error of autograd's, also where a fused kernel has stepped."""
+        loop = Loop(OPTIMIZERS[name], fused=True)
+        weight = loop.model.blocks[-1][1].weight
+        hidden = torch.ones(2, len(weight), requires_grad=True) @ weight.detach()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (hidden @ weight.t()).square().mean().backward()
+
     def test_a_gradient_that_comes_back(self) -> None:
         loop = Loop(OPTIMIZERS["fira"], fused=True)
         loop.loss(torch.randint(VOCABULARY, (4, 6), generator=seeded(0))).backward()
@@ -615,6 +624,21 @@ class TestLife:
             loop.run(range(2))
             assert calls == ["before", "after"] * 2
 
+    def test_a_class_whose_step_calls_that_of_its_parent(self) -> None:
+        class Own(torch.optim.AdamW):
+            def step(self, closure: Any = None) -> Any:
+                return super().step(closure)
+
+        loops = [Loop(lambda model: Own(model.parameters(), lr=1e-2), fused=fused).run() for fused in (True, False)]
+        assert_same_loop(*loops)
+        calls: list[str] = []
+        loops[0].optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        loops[0].loss(tokens).backward()
+        assert not calls
+        with pytest.raises(UnsupportedError, match="second gradient before"):
+            loops[0].loss(tokens).backward()
+
     def test_a_closure(self) -> None:
         wanted = Loop(OPTIMIZERS["fira"], fused=False).run(range(1))
         loop = Loop(OPTIMIZERS["fira"], fused=True)
@@ -647,6 +671,47 @@ class TestLife:
                 loop.optimizer.zero_grad()
             models.append(loop.model)
         assert_same(*models)
+
+    def test_an_added_group_is_clipped_from_its_first_step_on(self) -> None:
+        added = nn.Parameter(torch.zeros(3))
+        loop = Loop(OPTIMIZERS["sgd"], fused=True, max_grad_norm=1e-3)
+        loop.optimizer.add_param_group({"params": [added], "lr": 1.0})
+        (loop.loss(torch.zeros(1, 2, dtype=torch.long)) + added.sum()).backward()
+        loop.optimizer.step()
+        assert added.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+    @pytest.mark.parametrize("name", ["adamw", "fira"])
+    def test_what_is_taken_out_of_the_optimizer_stays_as_it_is(self, name: str) -> None:
+        models = []
+        for fused in (True, False):
+            loop = Loop(OPTIMIZERS[name], fused=fused).run(range(1))
+            params = loop.optimizer.param_groups[0]["params"]
+            taken = params.pop(0)
+            before = taken.detach().clone()
+            loop.loss(torch.zeros(1, 2, dtype=torch.long)).backward()
+            loop.optimizer.step()
+            assert torch.equal(taken, before)
+            models.append(loop.model)
+        assert_same(*models)
+
+    @pytest.mark.parametrize("name", ["adamw", "fira", "galore"])
+    def test_a_loaded_checkpoint_ends_half_a_backward_pass(self, name: str) -> None:
+        wanted = Loop(OPTIMIZERS[name], fused=False).run()
+        loop = Loop(OPTIMIZERS[name], fused=True).run(range(2))
+        saved = copy.deepcopy((loop.model.state_dict(), loop.optimizer.state_dict()))
+
+        def fail(grad: Tensor) -> None:
+            raise KeyError("out of memory")
+
+        handle = next(loop.model.blocks[0].parameters()).register_hook(fail)
+        with pytest.raises(KeyError, match="out of memory"):
+            loop.loss(torch.zeros(1, 2, dtype=torch.long)).backward()
+        handle.remove()
+        loop.model.load_state_dict(saved[0])
+        loop.optimizer.load_state_dict(saved[1])
+        loop.optimizer.zero_grad()
+        loop.run(range(2, STEPS.stop))
+        assert_same(loop.model, wanted.model)
 
     def test_a_gradient_given_by_hand_is_stepped_with_the_optimizer(self) -> None:
         loop = Loop(OPTIMIZERS["fira"], fused=True)

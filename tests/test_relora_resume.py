@@ -140,7 +140,7 @@ def test_two_processes_agree_without_a_broadcast(tmp_path: Path) -> None:
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command in commands
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     (weights, state), (other_weights, other_state) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert weights.keys() == other_weights.keys()

@@ -62,6 +62,24 @@ class Regression(nn.Module):
 TARGET = Regression(seed=1)
 
 
+@kinds
+@state_dtypes
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("ignore:no parameter group has a rank", "ignore:weight_rounding", "ignore:.*float16")
+def test_scalars_train(kind: type[MethodOptimizer], state_dtype: str | None, rounding: str, dtype: torch.dtype) -> None:
+    """A gate or a temperature of shape () is stepped as a vector of one number is."""
+    found = []
+    for shape in ((), (1,)):
+        gate = nn.Parameter(torch.full(shape, 2.0, dtype=dtype))
+        optimizer = kind([gate], lr=0.01, state_dtype=state_dtype, weight_rounding=rounding)
+        for _ in range(5):
+            gate.grad = gate.detach().clone()
+            optimizer.step()
+        found.append(gate.item())
+    assert found[0] == found[1] < 2.0
+
+
 def make(kind: type[MethodOptimizer], model: Regression, **options: Any) -> MethodOptimizer:
     """The optimizer, with the matrix projected where it projects."""
     plain = [model.embed, model.attn_bias, model.head]
@@ -117,6 +135,47 @@ def test_eight_bits_are_a_byte_and_a_scale_for_each_block() -> None:
     assert found == embed + head + bias + matrix
     model.head = nn.Parameter(model.head.detach()[:40])  # 3840 numbers
     assert make(FiraAdamW, model, state_dtype="8bit").planned_state_bytes() == found - head + 2 * 4 * 40 * ROWS + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [(1, 4), (2, 3), (4, 2), (8, 1.5), (16, 1.25), (64, 1.0625), (130, 1 + 12 / 130), (256, 1 + 4 / 256)],
+)
+def test_bytes_of_a_low_rank_number(rank: int, size: float, dtype: torch.dtype) -> None:
+    """A code, and a scale for each row and block; rank 1 stays in float32, which is smaller."""
+    weight = nn.Parameter(torch.ones(300, 256, dtype=dtype))
+    for kind in (GaLoreAdamW, ApolloAdamW):
+        optimizer = kind([{"params": [weight], "rank": rank}], basis="random", state_dtype="8bit")
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        expected = round(2 * 300 * rank * size)
+        rest = 4 + 4 * 256 * rank + 4 * (kind is ApolloAdamW)  # step, basis, limiter
+        assert held_state_bytes(optimizer) == optimizer.planned_state_bytes() == expected + rest
+        assert optimizer.state[weight]["exp_avg"].dtype == (torch.float32 if rank == 1 else torch.uint8)
+
+
+def test_at_rank_1_eight_bits_are_of_what_is_not_projected() -> None:
+    """Bytes as planned, a resume bit for bit; codes that were saved there are refused."""
+    method = METHODS["apollo"]
+    config = method.config(rank=1, scaling="tensor", state_dtype="8bit", target_modules=["attn"])
+    models = [Regression(torch.bfloat16) for _ in range(2)]
+    built, resumed = (method.build(model, config).optimizer for model in models)
+    assert isinstance(built, ApolloAdamW)
+    go(models[0], built, range(2))
+    assert held_state_bytes(built) == method.state_bytes(models[0], config)
+    state = built.state
+    assert state[models[0].embed]["exp_avg"].dtype == torch.uint8
+    assert state[models[0].attn]["exp_avg"].dtype == torch.float32
+    models[1].load_state_dict(models[0].state_dict())
+    saved = saved_and_read(built)
+    resumed.load_state_dict(saved)
+    assert go(models[0], built, range(2, 6)) == go(models[1], resumed, range(2, 6))
+    matrix = next(entry for entry in saved["state"].values() if "basis" in entry)
+    for key in ("exp_avg", "exp_avg_sq"):
+        matrix |= moments.coded(key, matrix[key], flat=False)
+    with pytest.raises(CheckpointError, match=r"exp_avg \[160, 1\] uint8, .* expected .* exp_avg \[160, 1\] float32"):
+        resumed.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("plain", [None, "float32", "bfloat16", "8bit"])

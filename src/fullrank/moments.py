@@ -146,12 +146,12 @@ def in_pieces(
     """A parameter with its gradient and its moments, some rows at a time: number, weight, gradient, state of each.
 
     So that what a step in float32 holds for its time is bounded, and not a multiple of an embedding. Blocks of codes
-    never straddle rows, so the numbers are those of a step of the whole, to rounding. Vectors and flat blocks are one
-    piece.
+    never straddle rows, so the numbers are those of a step of the whole, to rounding. Scalars, vectors and flat blocks
+    are one piece.
     """
     mine = [name for key in keys for name in (key, key + SCALE) if name in state]
     is_whole = weight.ndim < 2 or any(state[name].ndim < 2 for name in mine)
-    rows = len(weight) if is_whole else max(1, PIECE // max(1, weight[:1].numel()))
+    rows = max(1, PIECE // max(1, math.prod(weight.shape[1:])))
     if is_whole or rows >= len(weight):
         yield 0, weight, grad, state
         return

@@ -9,31 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fullrank import sharding
 from fullrank.train import run
 from fullrank.train.resolve import resolve
-
-
-class Pause(TrainerCallback):
-    """Lets one process wait at the end of a step, until a file ``go`` is there."""
-
-    def __init__(self, folder: Path, *, rank: int, step: int) -> None:
-        self.folder, self.rank, self.step = folder, rank, step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.process_index == self.rank and state.global_step == self.step:
-            (self.folder / "paused").write_text(str(os.getpid()), encoding="utf-8")
-            while not (self.folder / "go").exists():
-                time.sleep(0.05)
+from tests.train.held import Hold
 
 
 def main(folder: Path) -> None:
@@ -57,7 +43,7 @@ def perform(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     if resumed is not None:
         overrides["output_dir"] = resumed
     config = resolve(job["recipe"] if resumed is None else Path(resumed) / "config.yaml", overrides)
-    callbacks = [Pause(folder, **job["pause"])] if "pause" in job else []
+    callbacks = [Hold(**job["hold"], told=folder / "held")] if "hold" in job else []
     return getattr(run, config.command)(config, resume=resumed is not None, callbacks=callbacks)  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""Starts torchrun once for each number of processes, and reads what the cases found there."""
+"""Starts the cases once for each number of processes, and reads what they found there."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.distributed.case import Case
 from tests.distributed.loop import DEVICE_VARIABLE
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 400
-"""Seconds after which a launch is given up."""
+LIMIT = 1200
+"""Seconds after which a launch is given up: it hangs."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,9 @@ class Launcher:
             log = self.folder / f"world{world}.log"
             if log.exists():
                 return
+            command = [sys.executable, "-m", "tests.distributed.worker", str(world), str(self.folder)]
             with log.open("wb") as output:
-                torchrun(
-                    world,
-                    "-m",
-                    "tests.distributed.worker",
-                    self.folder,
-                    *self.asked[world],
-                    output=output,
-                    environment={DEVICE_VARIABLE: self.device},
-                )
+                run_limited([*command, *self.asked[world]], output=output, environment={DEVICE_VARIABLE: self.device})
 
 
 def collected(request: pytest.FixtureRequest, package: str) -> dict[int, list[str]]:
@@ -100,20 +93,12 @@ def shared_folder(request: pytest.FixtureRequest, factory: pytest.TempPathFactor
     return base.parent if hasattr(request.config, "workerinput") else base
 
 
-def torchrun(
-    world: int, *arguments: object, output: Any, environment: Mapping[str, str] | None = None, limit: float = LIMIT
-) -> int:
-    """Run a program in so many processes of this machine; returns the exit status, of a killed one too."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+def run_limited(command: list[str], *, output: Any, environment: Mapping[str, str], limit: float = LIMIT) -> int:
+    """Run a program and what it starts; returns the exit status, of a killed one too."""
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    settings |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **(environment or {})}
+    settings |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **environment}
     running = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env=settings,
-        cwd=ROOT,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        command, env=settings, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         return running.wait(limit)

@@ -144,6 +144,9 @@ def branch(place: Place) -> dict[str, Any]:
         inputs, is_first = branches.batch(step)
         is_first &= step % 3 != 2  # in some steps nobody goes there
         loss = wrapped(inputs[place.rank :: place.world], is_first[place.rank :: place.world])["loss"]
+        model.eval()
+        model(inputs, is_first)  # beside training, of which DDP does not know
+        model.train()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -182,6 +185,7 @@ def refused(place: Place) -> dict[str, Any]:
         "partition": said(lambda: start(Fused(Plan("fira", {"partition_states": True}), "ddp"), "ddp")),
         "wrapped before": said(wrapped_before),
         "unwrapped": said(lambda: start(Fused(plan, "alone"), "ddp").plain(batch(0)[:, :-1])),
+        "evaluation": said(evaluation),
         "unfinished": said(unfinished),
         "old wrapper": said(old_wrapper),
         "copy": said(wrapped_copy),
@@ -206,6 +210,14 @@ def unfinished() -> None:
     with run.model.no_sync():
         loss_of(run.model, batch(0)).backward()
     run.built.optimizer.step()
+
+
+def evaluation() -> None:
+    model, optimizer = small()
+    FusedBackward(optimizer, model=model)
+    a_step(DistributedDataParallel(model), optimizer)
+    model.eval()
+    model(torch.ones(2, 6)).sum().backward()
 
 
 def small() -> tuple[nn.Module, FiraAdamW]:
@@ -339,6 +351,7 @@ def test_what_cannot_work_is_refused(case: Case, world: int, outcome: Any) -> No
     assert "partition_states" in found["partition"]
     assert "wrap that very model then" in found["wrapped before"]
     assert "wrap that very model then" in found["unwrapped"]
+    assert "returned to DistributedDataParallel" in found["evaluation"]
     assert "outside of accumulating()" in found["unfinished"]
     assert "needs the gradient of all micro-batches" in found["accumulation"]
     assert "Wrap the model anew" in found["old wrapper"]

@@ -235,7 +235,7 @@ def watch_gradients(place: Place) -> dict[str, Any]:
 
     def choose(name: str, weight: Tensor, grad: Tensor, num: int) -> Tensor:
         seen.append(weakref.ref(grad.untyped_storage()))
-        last = time.monotonic() + 5
+        last = time.monotonic() + 60
         while (num_alive := sum(storage() is not None for storage in seen)) > 1 and time.monotonic() < last:
             time.sleep(0.001)
         alive.append(num_alive)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fullrank import METHODS, memory
+from fullrank.factors.quantize import Quantization
 from fullrank.fused import FusedBackward
 from fullrank.plan import Setting
 from fullrank.plan.network import Network, make_network
@@ -57,7 +58,8 @@ def measured(of: Setting, *, steps: int = 2) -> dict[str, int]:
         )
         method = METHODS[work.method]
         if method.adapters is not None and (request := method.adapters(work.options)) is not None:
-            Adapters(model, request)
+            kind: Any = work.quantization
+            Adapters(model, request, None if kind is None else Quantization(kind, torch.device("cpu")))
         if work.checkpointing:
             model.gradient_checkpointing_enable()
         built = method.build(model, work.options)

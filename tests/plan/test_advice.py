@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fullrank.plan import Planner, Setting
-from fullrank.plan.advice import LARGEST_BATCH, _search, largest, suggestions
+from fullrank.plan.advice import LARGEST_BATCH, Suggestion, _applied, _raised, _search, largest, suggestions
+from fullrank.plan.changes import divisors, smaller
+from fullrank.plan.options import Budget
 from fullrank.plan.spread import Spread
+from fullrank.plan.table import _said
 from tests.plan.real import network, setting
 
 
@@ -51,6 +55,49 @@ def test_suggestions_do_what_they_promise(planner: Planner, method: str, work: d
         assert peak(planner, left) > usable
 
 
+def test_a_rank_that_is_made_smaller_stays_as_large_as_it_can(planner: Planner) -> None:
+    """Halving alone would come to less."""
+    asked = setting("galore", network(2), batch_size=1, length=8).using(rank=48)
+    eight = replace(smaller("rank", 24), number=None, what="8-bit", apply=lambda one: one.using(state_dtype="8bit"))
+    usable = peak(planner, asked.using(rank=29, state_dtype="8bit"))
+    kept, raised = _raised(planner, asked, [eight, smaller("rank", 24)], usable)
+    value = _applied(asked, [kept, raised]).work.options.rank
+    assert kept is eight
+    assert raised.is_largest
+    assert raised.what == f"rank {value}"
+    assert 29 <= value < 48
+    assert peak(planner, asked.using(rank=value, state_dtype="8bit")) <= usable
+    assert peak(planner, asked.using(rank=value + 1, state_dtype="8bit")) > usable
+    said = _said(Suggestion(raised, 0, 0, asked), Budget(usable, 0), is_first=True)
+    assert "the largest that fits with the rest" in said
+
+
+def test_a_smaller_batch_divides_the_one_that_was_asked_for() -> None:
+    """So that the same number of sequences makes a step."""
+    assert [divisors(size) for size in (12, 7, 1)] == [[6, 4, 3, 2, 1], [1], []]
+
+
+def test_a_batch_is_made_no_smaller_than_it_has_to_be(planner: Planner) -> None:
+    asked = setting("full", network(2), batch_size=12, length=64)
+    within = smaller("batch", 4).apply(asked)
+    found = _raised(planner, asked, [smaller("batch", 1)], peak(planner, within))
+    assert [one.what for one in found] == ["batches of 4, accumulated"]
+    assert _applied(asked, found) == within
+
+
+class Told(Planner):
+    """Knows peaks by a rule: with checkpointing eight GPUs need a smaller rank as well, and without they do not."""
+
+    def usage(self, setting: Setting) -> Any:
+        spread, work = setting.spread.gpus > 1, setting.work
+        return SimpleNamespace(peak=100 - 50 * spread + 15 * (spread and work.checkpointing and work.options.rank > 8))
+
+
+def test_what_only_a_dropped_change_needed_is_dropped_too() -> None:
+    found = suggestions(Told(), setting("fira"), 60)
+    assert [one.change.what for one in found] == ["fsdp2 over 8 GPUs"]
+
+
 def test_what_fits_needs_no_change(planner: Planner) -> None:
     asked = setting("fira")
     assert suggestions(planner, asked, peak(planner, asked)) == []
@@ -58,7 +105,7 @@ def test_what_fits_needs_no_change(planner: Planner) -> None:
 
 @pytest.mark.slow
 def test_nothing_makes_it_fit(planner: Planner) -> None:
-    asked = setting("fira")
+    asked = setting("fira", network(2, length=8), batch_size=1, length=8)
     found = suggestions(planner, asked, 1000)
     assert not found or found[-1].together > 1000
 

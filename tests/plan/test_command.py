@@ -188,6 +188,31 @@ def test_a_7b_model_is_planned_without_its_weights() -> None:
     assert int(done.stdout.split()[-1]) * 1024 < 3 << 30  # its weights alone are 12.6 GiB
 
 
+WITHOUT_LIBRARY = """
+import sys
+sys.modules["bitsandbytes"] = None
+from fullrank.plan import PlanOptions, plan
+found = plan(PlanOptions({options}), {given})
+print([(row.usage.peak, row.usage.states, row.usage.source) for row in found.rows.values()])
+print("pip install 'fullrank[quant]'" in " ".join(str(found).split()), found.to_dict()["missing"] is not None)
+"""
+
+
+@pytest.mark.slow
+def test_codes_are_planned_without_their_library() -> None:
+    """The same bytes, and a word on what training so takes."""
+    options = {"model": "llama-9m", "vocab_size": 100, "sequence_length": 16, "methods": ["full", "galore"]}
+    given = SMALL | {"method.state_dtype": "8bit", "galore.rank": 16}
+    words = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    command = [sys.executable, "-c", WITHOUT_LIBRARY.format(options=words, given=given)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    here = plan(PlanOptions(**options), given)
+    rows = [(row.usage.peak, row.usage.states, "traced") for row in here.rows.values()]
+    assert done.stdout.splitlines()[-2:] == [str(rows), "True True"]
+    assert here.to_dict()["missing"] is None
+
+
 def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
     """Of the tokenizer that it trains, or of the model that it has left."""
 

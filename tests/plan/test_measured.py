@@ -66,6 +66,31 @@ def test_bfloat16(method: str) -> None:
     check(method, of=network(dtype="bfloat16"))
 
 
+WIDE = {"intermediate_size": 192}
+"""Multiples of 64, which 4-bit codes on a CPU take."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "work"),
+    [
+        ("int8", "lora", {"checkpointing": True}),
+        pytest.param("nf4", "relora", {}, marks=pytest.mark.slow),
+        pytest.param("nf4-double", "lora", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_base_of_codes(kind: str, method: str, work: dict[str, Any]) -> None:
+    """Its layers are decoded one at a time; those of int8 keep their inputs, checkpointing or not."""
+    long = {"length": 128, "batch_size": 4}
+    asked = setting(method, network(2, length=128, **WIDE), quantization=kind, **long, **work)
+    plain = setting(method, asked.network, **long, **work)
+    found, real = Planner().usage(asked), measured(asked)
+    assert found.peak == pytest.approx(real["peak"], rel=CLOSE)
+    assert found.states == real["states"]
+    if kind == "int8":
+        assert found.peak > Planner().usage(plain).peak  # of a small model: the inputs are more than the codes save
+    assert found.weights < 0.6 * Planner().usage(plain).weights
+
+
 @pytest.mark.slow
 def test_eager_attention_keeps_its_scores() -> None:
     long = {"length": 64, "batch_size": 2}

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "plan.md"
+PAGE_OF_BASES = ROOT / "docs" / "quantized.md"
 VARIANTS = ("plain", "checkpointing", "fused", "both")
 NAMES = {
     "2410.01623": "Fira, Table 3",
@@ -19,8 +20,8 @@ NAMES = {
 }
 
 
-def result() -> dict[str, Any]:
-    (path,) = (ROOT / "benchmarks" / "results").glob("memory_amd-*.json")
+def result(name: str = "memory") -> dict[str, Any]:
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"{name}_amd-*.json")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -37,6 +38,18 @@ def accuracy() -> list[str]:
             for name in VARIANTS
         ]
         lines.append(f"| {size} | `{method}` | {states:.1f} | {' | '.join(cells)} |")
+    return lines
+
+
+def bases() -> list[str]:
+    """A line for each size and base under LoRA: its weights, and the measured peaks with what the plan is off by."""
+    rows = [row for row in result("memory_bases")["rows"] if row["method"] == "lora"]
+    lines = []
+    for size, kind in dict.fromkeys((row["size"], row["quantization"]) for row in rows):
+        own = [row for row in rows if (row["size"], row["quantization"]) == (size, kind)]
+        cells = [f"{row['measured']['peak'] / 2**20:.1f} ({row['ratio'] - 1:+.2%})" for row in own]
+        name = "null" if kind is None else f"`{kind}`"
+        lines.append(f"| {size} | {name} | {own[0]['measured']['weights'] / 2**20:.1f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -58,6 +71,23 @@ def test_line_is_on_the_page(line: str) -> None:
     assert line in PAGE.read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.parametrize("line", bases())
+def test_line_is_on_the_page_of_bases(line: str) -> None:
+    assert line in PAGE_OF_BASES.read_text(encoding="utf-8").splitlines()
+
+
+def test_bases_of_codes_are_planned_as_they_are() -> None:
+    rows = result("memory_bases")["rows"]
+    for row in rows:
+        assert row["predicted"]["source"] == "traced"
+        assert row["predicted"]["states"] == row["measured"]["states"]
+        # the codes' tables of a first model are made once, and one number stands for all weights
+        assert row["predicted"]["weights"] == pytest.approx(row["measured"]["weights"], abs=2000)
+        assert row["ratio"] == pytest.approx(1.0, abs=0.02)
+    worst = max(abs(row["ratio"] - 1) for row in rows)
+    assert f"within {worst:.2%}" in PAGE_OF_BASES.read_text(encoding="utf-8")
+
+
 def test_states_are_exact_and_peaks_within_a_tenth() -> None:
     for row in result()["rows"]:
         assert row["predicted"]["source"] == "traced"
@@ -69,4 +99,4 @@ def test_states_are_exact_and_peaks_within_a_tenth() -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join([*accuracy(), "", *published()]))
+    print("\n".join([*accuracy(), "", *published(), "", *bases()]))

@@ -15,6 +15,8 @@ Open = Callable[..., AbstractContextManager[Page]]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
 CHARTS = ("loss-chart", "memory-chart", "rates-chart")
+PATIENCE_MS = 120_000
+"""After which a page has hung, however busy the machine is."""
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def opened_page(
     if before:
         context.add_init_script(before)
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(PATIENCE_MS)
     said: list[str] = []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(f"error: {error}"))
@@ -53,12 +55,18 @@ def opened_page(
 
 def drawn_on(page: Page) -> None:
     """Wait until the page has its charts, or has said that it cannot have them."""
-    page.locator("html[data-charts]").wait_for(state="attached", timeout=30_000)
+    page.locator("html[data-charts]").wait_for(state="attached")
 
 
 def settled(page: Page) -> None:
-    """Plotly redraws in a later task."""
-    page.wait_for_timeout(150)
+    """Plotly redraws in a later task, 100 ms after it was asked.
+
+    The time is counted in the page, from its second frame on: what is due there before that time comes first, however
+    busy the machine is.
+    """
+    page.evaluate(
+        "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))"
+    )
 
 
 def lines(page: Page, chart: str) -> int:
@@ -90,6 +98,7 @@ def hover(page: Page, element: Any) -> str:
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
     found = page.locator(".hoverlayer g.hovertext, .hoverlayer g.legend").first
     found.wait_for()
+    settled(page)  # until then the box may be that of the point before
     return str(found.text_content())
 
 

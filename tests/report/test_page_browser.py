@@ -286,7 +286,7 @@ def test_no_width_makes_the_page_scroll_sideways(show: Open, comparison: Compari
         page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
         for width in (360, 768, 1280, 360):
             page.set_viewport_size({"width": width, "height": 800})
-            page.locator("body").evaluate("() => new Promise((done) => setTimeout(done, 400))")  # Plotly takes its time
+            settled(page)
             assert page.evaluate("document.scrollingElement.scrollWidth") <= width
             for name in CHARTS:
                 box = page.locator(f"#{name} svg.main-svg").first.bounding_box()

@@ -184,11 +184,12 @@ def test_training_that_is_called_again(tmp_path: Path) -> None:
 
 
 class Interrupted(TrainerCallback):
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         raise KeyError("interrupted")
 
 
 def test_training_after_an_error_is_clipped(tmp_path: Path) -> None:
+    """By the same callback, and by another that is given the same arguments."""
     steps = FusedSteps()
     trainer = trainer_of(tmp_path, [steps, Interrupted()], max_grad_norm=0.5, max_steps=1, save_strategy="no")
     for _ in range(2):
@@ -196,6 +197,26 @@ def test_training_after_an_error_is_clipped(tmp_path: Path) -> None:
             trainer.train()
         assert steps.fused is not None
         assert steps.fused.max_grad_norm == 0.5
+    other = FusedSteps()
+    after = trainer_of(tmp_path, [other], max_steps=1, save_strategy="no")
+    after.args = trainer.args
+    after.train()
+    assert other.fused is not None
+    assert other.fused.max_grad_norm == after.args.max_grad_norm == 0.5
+
+
+class Saved(TrainerCallback):
+    def __init__(self) -> None:
+        self.bounds: list[float] = []
+
+    def on_save(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        self.bounds.append(args.max_grad_norm)
+
+
+def test_saved_arguments_keep_the_bound(tmp_path: Path) -> None:
+    saved = Saved()
+    trained_by_a_trainer(tmp_path, [saved, FusedSteps()], max_grad_norm=0.5, max_steps=2, save_steps=1)
+    assert saved.bounds == [0.5, 0.5]
 
 
 @pytest.mark.slow

@@ -147,6 +147,29 @@ def test_a_resumed_run_may_be_spread_otherwise(make: Callable[..., dict[str, Any
     assert difference.startswith("method.rank was 4, is now 2")
 
 
+@pytest.mark.parametrize(
+    ("key", "same", "other"),
+    [
+        ("fused_backward", False, True),
+        ("gradient_checkpointing", False, True),
+        ("gradient_accumulation_steps", 1, 2),
+        ("max_grad_norm", 1.0, 0.5),
+        ("bf16", False, True),
+        ("data_seed", 42, 43),
+    ],
+)
+def test_what_a_run_has_left_out_may_be_said_when_it_is_resumed(key: str, same: Any, other: Any) -> None:
+    """And the other way round: what it was told need not be said again."""
+    plain = resolve(None, {"seed": 42})
+    told = resolve(None, {"seed": 42, f"trainer.{key}": same})
+    assert told.trainer[key] == same
+    assert key not in plain.trainer
+    assert checkpoint.config_differences(plain.to_dict(), told) == []
+    assert checkpoint.config_differences(told.to_dict(), plain) == []
+    changed = resolve(None, {"seed": 42, f"trainer.{key}": other})
+    assert checkpoint.config_differences(plain.to_dict(), changed) == [f"trainer.{key} was None, is now {other!r}"]
+
+
 class Counting(torch.optim.SGD):
     """Knows how often its states were brought together."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fullrank import METHODS, memory
+from fullrank.cli import is_news, main
 from fullrank.coded import codes_of, keep_codes_, read_codes
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.factors.quantize import Quantization, dequantize_, statistic_bytes
@@ -58,6 +60,24 @@ class Two(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x))
+
+
+def test_a_command_is_silent_on_the_cast_of_inputs(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes speaks of it in each pass of each layer (on a CPU in evaluation); what else it says is shown."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    logger.removeFilter(is_news)
+    model = coded("int8").bfloat16().eval()
+    inputs = torch.ones(2, 128, dtype=torch.bfloat16)
+    try:
+        model(inputs)
+        assert "cast from torch.bfloat16 to float16" in caplog.text
+        caplog.clear()
+        main(["--version"])
+        model(inputs)
+        logger.warning("something else")
+        assert caplog.messages == ["something else"]
+    finally:
+        logger.removeFilter(is_news)
 
 
 def coded(kind: Any) -> Two:

@@ -69,11 +69,17 @@ def let_first_speak() -> None:
         time.sleep(ALONE_AFTER)
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of bitsandbytes' products is to be shown: not that of a cast, once for each pass of a layer."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (0 done, 1 failed, 2 wrong usage, 3 diverged, 130 stopped)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fullrank").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_news)
     if not arguments or arguments[0] in ("-h", "--help", "--version"):
         print(__version__ if arguments == ["--version"] else USAGE)
         return 0 if arguments else 2

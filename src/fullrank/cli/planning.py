@@ -44,6 +44,7 @@ def read_plan(arguments: list[str]) -> tuple[PlanOptions, dict[str, Any]] | None
     Raises:
         ConfigError: If an option is unknown or of the wrong type, or there is more than one configuration.
     """
+    from fullrank.methods import METHODS
     from fullrank.plan.options import PlanOptions
 
     if {"-h", "--help"} & set(arguments):
@@ -55,6 +56,8 @@ def read_plan(arguments: list[str]) -> tuple[PlanOptions, dict[str, Any]] | None
     own = [f"--{key}={value}" for key, value in given.items() if "." not in key]
     options = read_options(PlanOptions, own, command="plan", usage=PLAN_USAGE)
     assert options is not None  # no help was asked for
+    if options.methods and (methods := [word for word in words if word.strip(",") in METHODS]):
+        raise ConfigError(f"methods are one list without spaces: --methods {','.join([*options.methods, *methods])}.")
     if len(words) > 1 or (words and options.config is not None):
         named = [*words, *([options.config] if options.config else [])]
         raise ConfigError(f"plan takes one recipe or run folder, got {', '.join(named)}. Keep one.")

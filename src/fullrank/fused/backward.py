@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.fused.alive import bytes_alive
@@ -83,6 +84,7 @@ class FusedBackward:
         self._step_handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
     # What is stepped so.
@@ -140,6 +142,10 @@ class FusedBackward:
     @torch.no_grad()
     def arrived(self, parameter: Tensor) -> None:
         """Take the gradient of a parameter that has just been accumulated: what the hooks call."""
+        if not self._is_seated(parameter):
+            self._attach()
+            if parameter not in self._seats:
+                return  # it was taken out of the optimizer
         if self._copies is not None and self._copies.is_ddps(parameter):
             return
         name = name_of(self.optimizer, self._seats[parameter])
@@ -161,12 +167,19 @@ class FusedBackward:
         else:
             self._step(parameter)
 
+    def _is_seated(self, parameter: Tensor) -> bool:
+        """Whether a parameter is where it was in the optimizer's groups, which anybody may change."""
+        groups, (number, index) = self.optimizer.param_groups, self._seats[parameter]
+        return number < len(groups) and parameter is next(iter(groups[number]["params"][index : index + 1]), None)
+
     def _step(self, parameter: Tensor) -> None:
         """Step a parameter with its gradient, and with what is held of it, and free the gradient."""
         if parameter.grad is not None and self._sums.held(parameter) is not None:
             self._sums.hold(parameter)
         self._measure(parameter)
         step_one(self.optimizer, self._seats[parameter])
+        # What the pass under way has yet to read of it is refused by autograd then; fused kernels do not say so.
+        increment_version(parameter)
         parameter.grad = None
         self._stepped.add(parameter)
 
@@ -215,6 +228,7 @@ class FusedBackward:
     # The optimizer's step.
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self._attach()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._take_rest()
@@ -253,7 +267,12 @@ class FusedBackward:
         self._stepped.clear()
         self._pieces.end_step()
         self._meter.end_step()
-        self._attach()
+
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        """A loaded state is one between steps, whatever came before, such as half a backward pass."""
+        self._stepped.clear()
+        self._pieces.end_step()
+        self._meter.end_step()
 
     # What a loop may want to know.
 

@@ -42,7 +42,9 @@ class Copies:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor], pieces: Pieces) -> None:
         self.model = model
         self.is_together = False
-        """Whether the last forward pass with gradients was one of DDP."""
+        """Whether the last forward pass in training was one of DDP."""
+        self._is_apart = False
+        """Whether the forward pass under way is one beside training, of which DDP does not know."""
         self._pieces = pieces
         own = set(model.parameters())
         matrices = [parameter for parameter in parameters if parameter.ndim >= 2 and parameter in own]
@@ -104,10 +106,13 @@ class Copies:
                 "nn.DataParallel hands over all gradients at once, so nothing can be stepped early. Start one process "
                 "for each GPU by torchrun, or let the program see one: CUDA_VISIBLE_DEVICES=0."
             )
-        self.is_together = False
         wrapper = sharding.wrapper_of(self.model)
+        self._is_apart = wrapper is None and sharding.num_processes() > 1 and not self.model.training
+        if self._is_apart:
+            return  # it may come between a forward pass of DDP and its backward pass
+        self.is_together = False
         if wrapper is None:
-            if sharding.num_processes() > 1 and self.model.training:
+            if sharding.num_processes() > 1:
                 raise UnsupportedError(self._how_to())
             return
         if not wrapper.parameters_to_ignore.issuperset(self._gate.names):
@@ -157,7 +162,7 @@ class Copies:
 
     def after_forward(self, output: Any) -> None:
         """Notice the backward pass that will start from these outputs."""
-        if not self.is_together:
+        if not self.is_together or self._is_apart:
             return
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -188,8 +193,9 @@ class Copies:
         """Take this process's gradient of a parameter."""
         if not self._is_watched:
             raise UnsupportedError(
-                f"a backward pass started from nothing that the forward pass of {type(self.model).__name__} returned, "
-                "alone or in a tuple, list or dict. Return the loss, or what it is computed from."
+                f"a backward pass started from nothing that {type(self.model).__name__} returned to "
+                "DistributedDataParallel, alone or in a tuple, list or dict. Call the wrapper, and return the loss, or "
+                "what it is computed from."
             )
         self._arrived[parameter] = None
         if self._accumulates and parameter not in self._asked:

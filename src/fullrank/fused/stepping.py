@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +29,8 @@ def step_one(optimizer: torch.optim.Optimizer, seat: Seat) -> None:
     alone = {**group, "params": [group["params"][seat[1]]]}
     groups, optimizer.param_groups = optimizer.param_groups, [alone]
     try:
-        _bare_step(optimizer)
+        with _without_hooks(optimizer):
+            _bare_step(optimizer)
     finally:
         optimizer.param_groups = groups
     if changed := [key for key in alone if key != "params" and (key not in group or alone[key] is not group[key])]:
@@ -42,6 +46,17 @@ def _bare_step(optimizer: torch.optim.Optimizer) -> None:
     if getattr(step, "hooked", False):
         step = getattr(step, "__wrapped__", step)
     step(optimizer)
+
+
+@contextmanager
+def _without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Without those that were put on the optimizer: a subclass's step may call that of its parent, which has them."""
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
 
 
 def refuse_optimizer(given: Any, optimizer: torch.optim.Optimizer) -> None:

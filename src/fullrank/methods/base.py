@@ -82,7 +82,8 @@ class ProjectionConfig(AdamConfig):
     stagger_refresh: bool = False
     """Spread the refreshes of the matrices over the gap, so that no step stands out."""
     state_dtype: Literal["float32", "bfloat16", "8bit"] | None = "float32"
-    """Data type of the low-rank moments; null: that of the weights; 8bit: block-wise codes (extra ``quant``)."""
+    """Data type of the low-rank moments; null: that of the weights; 8bit: block-wise codes (extra ``quant``), but
+    float32 at rank 1."""
     plain_state_dtype: Literal["float32", "bfloat16", "8bit"] | None = None
     """The same of all other parameters' moments; null: that of the weights, or 8bit where ``state_dtype`` is."""
     weight_rounding: Literal["nearest", "stochastic"] = "nearest"

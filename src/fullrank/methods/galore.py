@@ -66,8 +66,8 @@ class GaLoreAdamW(_GaLore, ProjectedAdamW):
         basis: svd (exact), power (warm-started block power iteration) or random (orthonormal).
         rotate_moments: Carry the moments into the new basis at a refresh.
         stagger_refresh: Spread the refreshes of the matrices over the gap, so that no step stands out.
-        state_dtype: dtype of the low-rank moments ("float32", "bfloat16", or "8bit": codes with scales); None: the
-            weight's.
+        state_dtype: dtype of the low-rank moments ("float32", "bfloat16", or "8bit": codes with scales, but
+            float32 at rank 1); None: the weight's.
         plain_state_dtype: The same of all other parameters; None: their own, as in torch.optim.AdamW, or "8bit"
             where ``state_dtype`` is.
         weight_rounding: How a stepped bfloat16 or float16 weight is rounded: to the "nearest", or "stochastic", at

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from fullrank.adamw import AdamWConfig, config_problems, make_adamw, state_bytes_of
 from fullrank.adapter import Change, save_adapter
-from fullrank.coded import dtype_beside, layer_with_codes, num_entries
+from fullrank.coded import num_entries
 from fullrank.errors import ConfigError
 from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
@@ -36,6 +35,7 @@ from fullrank.ops.seeded import seeded
 from fullrank.sharding import process_number, whole
 from fullrank.sparse.coded import is_coded, weight_of
 from fullrank.sparse.given import parse_units
+from fullrank.sparse.planned import planned_values
 from fullrank.sparse.seat import SUFFIX, divide, layout_of
 from fullrank.sparse.settings import num_chosen, refuse_for_codes, refuse_for_spread, setting_problems
 from fullrank.sparse.training import SparseTraining
@@ -174,7 +174,7 @@ class SIFT(SparseTraining):
     def describe(self) -> str:
         """One line: what trains sparsely, densely, and not at all."""
         sparsely = sum(part.values.numel() for part in self.weights)
-        of = sum(math.prod(part.layout.shape) for part in self.weights)
+        of = sum(part.layout.rows * part.layout.columns for part in self.weights)
         return (
             f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train (first "
             f"{self.weights[0].name}), chosen by {self.settings['selection']}; {len(self.dense)} train densely, "
@@ -322,17 +322,12 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
 
     With ``reselect_every`` and ``keep_base`` the record grows in host memory by every entry that trains for a time.
     """
-    targets, dense, _ = divide(model, config.target_modules, config.exception)
-    total = sum(state_bytes_of(p.shape, p.dtype, config) for p in dense.values())
-    for name, weight in targets.items():
-        layout = layout_of(model, name, weight, config.granularity, config.block_size, config.scope)
-        num = num_chosen(config.density, layout)
-        shape = (layout.rows, num) if layout.per_row else (num * layout.unit_numel,)
-        dtype = weight.dtype if layer_with_codes(model, name) is None else dtype_beside(model)
-        value = torch.promote_types(dtype, torch.float32)
-        total += state_bytes_of(shape, value, config, blocks=_blocks(config))
-        total += math.prod(shape) * (value.itemsize + (dtype.itemsize if config.keep_base else 0))
-        total += math.prod(shape) // layout.unit_numel * layout.index_dtype.itemsize
+    planned, dense = planned_values(model, config)
+    total = sum(state_bytes_of(p.shape, p.dtype, config) for p in dense)
+    for values in planned:
+        total += state_bytes_of(values.shape, values.dtype, config, blocks=_blocks(config))
+        total += values.numel * (values.dtype.itemsize + (values.kept.itemsize if config.keep_base else 0))
+        total += values.numel // values.layout.unit_numel * values.layout.index_dtype.itemsize
     return total
 
 

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args, get_type_hints
 
 from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.plan.changes import NODE, Change, Number, changes, choices, divisors, smaller
 from fullrank.plan.spread import Spread
 from fullrank.plan.usage import Planner, Setting, Usage
-from fullrank.train.model import PAPER_SIZES
 
-NODE = 8
-"""GPUs of a machine, which a model may be spread over."""
 NOTABLE = 0.005
 """Share of the peak that a change has to save to be worth a word."""
 LARGEST_BATCH = 1 << 16
-LEAST_RANK, LEAST_DENSITY = 8, 0.001
-"""Below which no smaller one is suggested."""
 DENSITY_STEPS = 10_000
 """Densities are looked for in ten-thousandths."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """One thing to change about a setting."""
-
-    what: str
-    how: str
-    """The options that do it."""
-    cost: str
-    """What it costs: time, quality, hardware."""
-    harm: int
-    """Rank among changes: 1 costs time and leaves the numbers as they are, 2 and 3 touch quality, 4 is hardware."""
-    apply: Callable[[Setting], Setting]
 
 
 @dataclass(frozen=True)
@@ -64,16 +45,14 @@ def suggestions(planner: Planner, setting: Setting, usable: int) -> list[Suggest
     """Changes that make a setting fit, least harm first; none of them can be left out.
 
     Changes are added by rank until what they come to together fits: some save nothing alone, but only where another
-    peak has been taken away. Then each that is not needed is dropped again, the most harmful first. If all of them
-    together are not enough, those that save something are left.
+    peak has been taken away. Then each that is not needed is dropped again, the most harmful first, and a rank, a
+    density or a batch that was made smaller is made as large as fits with the rest. If all changes together are not
+    enough, those that save something are left.
     """
     taken = _added(planner, setting, usable)
-    last_first = taken[::-1]  # of several ranks the lowest
-    for change in sorted(last_first, key=lambda one: -one.harm):
-        others = [one for one in taken if one is not change]
-        with_it, without = _together(planner, setting, taken), _together(planner, setting, others)
-        if without is not None and with_it is not None and without <= max(usable, with_it * (1 + NOTABLE)):
-            taken = others
+    while len(fewer := _without_idle(planner, setting, taken, usable)) < len(taken):
+        taken = fewer  # what one was needed for may have gone with another
+    taken = _raised(planner, setting, taken, usable)
     start, found = planner.usage(setting).peak, list[Suggestion]()
     for number, change in enumerate(taken, 1):
         alone = _together(planner, setting, [change]) or start
@@ -99,6 +78,49 @@ def _added(planner: Planner, setting: Setting, usable: int) -> list[Change]:
     return taken
 
 
+def _without_idle(planner: Planner, setting: Setting, taken: list[Change], usable: int) -> list[Change]:
+    """The same changes without those that the others do not need, the most harmful dropped first."""
+    last_first = taken[::-1]  # of several ranks the lowest
+    for change in sorted(last_first, key=lambda one: -one.harm):
+        others = [one for one in taken if one is not change]
+        with_it, without = _together(planner, setting, taken), _together(planner, setting, others)
+        if without is not None and with_it is not None and without <= max(usable, with_it * (1 + NOTABLE)):
+            taken = others
+    return taken
+
+
+def _raised(planner: Planner, setting: Setting, taken: list[Change], usable: int) -> list[Change]:
+    """The same changes, with the largest numbers that fit: what is learned first, then what takes time."""
+    numbers: tuple[Number, ...] = ("density", "rank", "batch")
+    for number in numbers:
+        last = next((one for one in reversed(taken) if one.number == number), None)
+        together = _together(planner, setting, taken)
+        if last is None or together is None or together > usable:
+            continue
+        rest = _applied(setting, [one for one in taken if one.number != number])
+        if (value := _largest_below(planner, rest, number, usable)) is not None:
+            raised = smaller(number, value, is_largest=True)
+            taken = [raised if one is last else one for one in taken if one is last or one.number != number]
+    return taken
+
+
+def _largest_below(planner: Planner, setting: Setting, number: Number, usable: int) -> float | None:
+    """The largest number below that of a setting that does not fit, at which it does."""
+    options = setting.work.options
+
+    def need(value: float) -> int | None:
+        return _peak(planner, smaller(number, value).apply(setting))
+
+    if number == "batch":
+        fitting = (size for size in divisors(setting.batch_size) if (peak := need(size)) is not None and peak <= usable)
+        return next(fitting, None)
+    if number == "rank":
+        return _search(need, usable, options.rank - 1, options.rank // 2)
+    now = round(options.density * DENSITY_STEPS)
+    found = _search(lambda steps: need(steps / DENSITY_STEPS), usable, now - 1, now // 2)
+    return None if found is None else found / DENSITY_STEPS
+
+
 def _applied(setting: Setting, taken: list[Change]) -> Setting:
     """The setting with all of these."""
     for change in taken:
@@ -115,121 +137,6 @@ def _peak(planner: Planner, setting: Setting) -> int | None:
         return planner.usage(setting).peak
     except (ConfigError, UnsupportedError):
         return None  # this method or network does not take it
-
-
-def changes(setting: Setting) -> Iterator[Change]:
-    """What could be changed about a setting, one thing at a time."""
-    yield from _of_time(setting)
-    yield from _of_states(setting)
-    yield from _of_quality(setting)
-    if setting.spread.shards < NODE:
-        yield Change(
-            f"fsdp2 over {NODE} GPUs",
-            f"torchrun --nproc_per_node {NODE} ... --trainer.strategy fsdp2",
-            f"hardware: {NODE} GPUs in place of {setting.spread.gpus}",
-            4,
-            lambda one: replace(one, spread=Spread(NODE, "fsdp2")),
-        )
-
-
-def _of_time(setting: Setting) -> Iterator[Change]:
-    """What leaves the numbers as they are, but for the clipping of gradients."""
-    work, half = setting.work, setting.batch_size // 2
-    if not work.checkpointing:
-        yield Change(
-            "gradient checkpointing",
-            "--trainer.gradient_checkpointing true",
-            "time: one more forward pass, about a third of a step",
-            1,
-            lambda one: replace(one, work=replace(one.work, checkpointing=True)),
-        )
-    if half:
-        yield Change(
-            f"batches of {half}, accumulated",
-            f"--trainer.per_device_train_batch_size {half} and the same --trainer.total_batch_size",
-            "time: smaller products",
-            1,
-            lambda one: replace(one, batch_size=half, work=replace(one.work, accumulates=True)),
-        )
-    if not work.fused_backward and not work.is_sparse:
-        yield Change(
-            "update during backward",
-            "--trainer.fused_backward true",
-            "gradients are clipped by parameter and not as a whole",
-            1,
-            lambda one: replace(one, work=replace(one.work, fused_backward=True)),
-        )
-    over = setting.spread
-    if over.gpus > 1 and over.strategy == "ddp" and getattr(work.options, "partition_states", None) is False:
-        yield Change(
-            "partitioned states",
-            "--method.partition_states true",
-            "time: weights are sent after a step",
-            1,
-            lambda one: one.using(partition_states=True),
-        )
-    if over.gpus > 1 and over.strategy == "ddp":
-        yield Change(
-            "fsdp2",
-            "--trainer.strategy fsdp2",
-            "time: weights are gathered in every pass",
-            1,
-            lambda one: replace(one, spread=Spread(over.gpus, "fsdp2")),
-        )
-
-
-def _of_states(setting: Setting) -> Iterator[Change]:
-    """Smaller states and weights for the same training."""
-    work, options = setting.work, setting.work.options
-    if "8bit" in _choices(options, "state_dtype") and options.state_dtype != "8bit":
-        yield Change(
-            "8-bit states",
-            "--method.state_dtype 8bit",
-            "quality: moments are rounded to one of 256 values",
-            2,
-            lambda one: one.using(state_dtype="8bit"),
-        )
-    is_fresh = setting.network.model.name in PAPER_SIZES  # with nothing trained in it
-    if work.quantization is None and work.trains_factors and not options.warm_start_steps and not is_fresh:
-        yield Change(
-            "an 8-bit base",
-            "--model.pretrained true --model.quantization int8",
-            "quality: frozen weights are rounded",
-            2,
-            lambda one: replace(one, work=replace(one.work, quantization="int8")),
-        )
-
-
-def _of_quality(setting: Setting) -> Iterator[Change]:
-    """What changes what is learned."""
-    options = setting.work.options
-    if setting.network.model.dtype == "float32":
-        network = replace(setting.network, model=replace(setting.network.model, dtype="bfloat16"))
-        yield Change(
-            "bfloat16 weights",
-            "--model.dtype bfloat16",
-            "quality: small steps are lost to rounding",
-            3,
-            lambda one: replace(one, network=network, work=replace(one.work, autocast=False)),
-        )
-    rank = getattr(options, "rank", None)
-    if isinstance(rank, int) and rank >= 2 * LEAST_RANK:
-        yield Change(
-            f"rank {rank // 2}",
-            f"--method.rank {rank // 2}",
-            "quality: a smaller subspace",
-            3,
-            lambda one: one.using(rank=rank // 2),
-        )
-    density = getattr(options, "density", None)
-    if density is not None and density >= 2 * LEAST_DENSITY:
-        yield Change(
-            f"density {density / 2:g}",
-            f"--method.density {density / 2:g}",
-            "quality: fewer entries train",
-            3,
-            lambda one: one.using(density=density / 2),
-        )
 
 
 def largest(planner: Planner, setting: Setting, usable: int) -> list[Largest]:
@@ -304,12 +211,6 @@ def _largest_rank(setting: Setting) -> int:
     return min(sides)
 
 
-def _choices(options: Any, name: str) -> tuple[Any, ...]:
-    """The values that an option may have, if it is one of a few."""
-    hint = get_type_hints(type(options)).get(name)
-    return tuple(value for part in (hint, *get_args(hint)) for value in get_args(part))
-
-
 def variants(planner: Planner, setting: Setting) -> dict[str, Usage]:
     """What the setting needs, and with one thing changed, where the method takes that."""
     work = setting.work
@@ -322,7 +223,7 @@ def variants(planner: Planner, setting: Setting) -> dict[str, Usage]:
     if not work.is_sparse:  # which keeps no dense gradients anyway
         toggled["with fused backward"] = replace(setting, work=replace(work, fused_backward=True))
         toggled["with both"] = replace(setting, work=replace(work, fused_backward=True, checkpointing=True))
-    if "8bit" in _choices(work.options, "state_dtype"):
+    if "8bit" in choices(work.options, "state_dtype"):
         toggled["with 8-bit states"] = setting.using(state_dtype="8bit")
     if work.trains_factors and not work.options.warm_start_steps:
         toggled["with an 8-bit base"] = replace(setting, work=replace(work, quantization="int8"))

@@ -33,7 +33,7 @@ class StandIn(nn.Linear):
         return outputs
 
 
-def keep_as_codes_(model: Any, method: str, options: Any, kind: str) -> None:
+def keep_beside_entries_(model: Any, method: str, options: Any, kind: str) -> None:
     """Let the linear layers of a model on the meta device stand for ones with codes, but for those that stay plain."""
     keeps = METHODS[method].beside_codes
     kept: Collection[str] = heads(model) | set(() if keeps is None else keeps(model, options))

@@ -16,11 +16,11 @@ from torch import Tensor
 from fullrank.factors import AdapterRequest, target_layers
 from fullrank.factors.training import wanted_beside
 from fullrank.methods import METHODS
+from fullrank.plan.coded import decoded_bytes, saved_bytes
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import STEADY, Held
 from fullrank.sharding import own_bytes
-from fullrank.sparse.seat import divide, layout_of
-from fullrank.sparse.settings import num_chosen
+from fullrank.sparse.planned import planned_values
 
 if TYPE_CHECKING:
     from fullrank.plan.step import Work
@@ -39,7 +39,7 @@ def usage(setting: Setting, states: int, on_host: int) -> Usage:
     trained = trained_bytes(network, work)
     largest = max(map(own_bytes, network.whole.parameters()))
     alive = min(trained, largest) if work.fused_backward else trained + (largest if work.is_sparse else 0)
-    activations = _activations(setting)
+    activations = _activations(setting) + (0 if work.quantization is None else decoded_bytes(network))
     temporaries = 2 * largest if hasattr(work.options, "update_proj_gap") else 0
     in_pass = Held(weights, min(trained, alive), states - on_host, activations, on_host)
     in_step = Held(weights, alive, states - on_host, temporaries, on_host)
@@ -72,22 +72,18 @@ def _activations(setting: Setting) -> int:
 
 
 def weight_bytes(network: Network, work: Work) -> int:
-    """Parameters and buffers, and the factors that the method puts beside them."""
+    """Parameters, as they are kept, and buffers, and the factors that the method puts beside them."""
     held: list[Tensor] = [*network.whole.parameters(), *network.whole.buffers()]
-    return sum(map(own_bytes, held)) + factor_bytes(network, work)
+    saved = 0 if work.quantization is None else saved_bytes(network, work.quantization)
+    return sum(map(own_bytes, held)) - saved + factor_bytes(network, work)
 
 
 def trained_bytes(network: Network, work: Work) -> int:
     """Bytes of gradients that an optimizer's step reads."""
     model, options = network.whole, work.options
     if work.is_sparse:
-        targets, dense, _ = divide(model, options.target_modules, options.exception)
-        total = sum(map(own_bytes, dense.values()))
-        for name, weight in targets.items():
-            layout = layout_of(model, name, weight, options.granularity, options.block_size, options.scope)
-            units = num_chosen(options.density, layout) * (layout.rows if layout.per_row else 1)
-            total += units * layout.unit_numel * torch.promote_types(weight.dtype, torch.float32).itemsize
-        return total
+        planned, dense = planned_values(model, options)
+        return sum(map(own_bytes, dense)) + sum(values.numel * values.dtype.itemsize for values in planned)
     if _request(work) is None or bool(getattr(options, "warm_start_steps", False)):
         return sum(map(own_bytes, model.parameters()))
     beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()

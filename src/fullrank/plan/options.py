@@ -176,6 +176,8 @@ def _recipe_of(config: str) -> str:
         if not file.is_file():
             raise ConfigError(f"{config} is no run's folder: it has no config.yaml. A model's folder goes to --model.")
         return str(file)
+    if config in PAPER_SIZES:
+        raise ConfigError(f"{config} is a model and no recipe. Plan it by --model {config}.")
     return config
 
 

@@ -13,7 +13,7 @@ from fullrank.analysis.figure import require_drawing
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.plan.advice import Largest, Suggestion, largest, suggestions, variants
 from fullrank.plan.options import Budget, PlanOptions, budget_of, settings_of
-from fullrank.plan.table import option_of, terminal, where
+from fullrank.plan.table import missing_library, option_of, terminal, where
 from fullrank.plan.usage import Planner, Setting, Usage
 from fullrank.train.config import plain
 from fullrank.train.report import versions, write_whole
@@ -68,6 +68,7 @@ class Plan:
             "gpu": gpu,
             "methods": methods,
             "unfit": dict(self.unfit),
+            "missing": missing_library(self.rows),
             "versions": versions(),
         }
 
@@ -153,6 +154,7 @@ def _row(row: Row, budget: Budget | None) -> dict[str, Any]:
                 "how": one.change.how,
                 "cost": one.change.cost,
                 "harm": one.change.harm,
+                "is_largest": one.change.is_largest,
                 "saves": one.saves,
                 "together": one.together,
             }

@@ -31,6 +31,8 @@ class Spread:
     gpus: int = 1
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     shard_size: int | None = None
+    backend: Literal["nccl", "gloo"] = "nccl"
+    """What sends: gloo, on CPUs, copies what it scatters."""
 
     def __post_init__(self) -> None:
         Layout(self.gpus, self.strategy, self.shard_size)
@@ -44,7 +46,7 @@ class Spread:
 def spread(usage: Usage, moments: Moments | None, network: Network, work: Work, over: Spread) -> Usage:
     """What the process needs that needs most, from what one alone would and every moment of its step, where traced."""
     if over.shards > 1:
-        return sharded(usage, moments, network, work, over.shards)
+        return sharded(usage, moments, network, work, over.shards, copies=over.backend == "gloo")
     if over.gpus == 1:
         return usage
     found = usage

@@ -19,7 +19,8 @@ from fullrank.factors import FactorConfig
 from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built
 from fullrank.optimizer import MethodOptimizer
-from fullrank.plan.coded_sparse import keep_as_codes_
+from fullrank.plan.coded import coded_layers, keep_as_codes_
+from fullrank.plan.coded_sparse import keep_beside_entries_
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import FIRST, INNER, STEADY, STEP, as_moments, on_device
 from fullrank.plan.tracker import GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
@@ -72,7 +73,7 @@ class Work:
         beside = {name: getattr(self.options, name, None) for name in BESIDE}
         own = (self.method, self.options) if self.steps_in_backward else (factors, None if factors is None else beside)
         rest = (self.sequence_length, self.checkpointing, self.fused_backward, self.autocast, self.accumulates)
-        return repr((*own, *rest, self.padded, self.quantization if self.is_sparse else None))
+        return repr((*own, *rest, self.padded, self.quantization))
 
 
 def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: int) -> dict[Region, NDArray[np.int64]]:
@@ -132,10 +133,13 @@ def _model(network: Network, work: Work, *, num_layers: int) -> PreTrainedModel:
     model = network.build(None if num_layers == network.num_layers else num_layers)
     request = METHODS[work.method].adapters
     if request is not None and (wanted := request(work.options)) is not None:
+        layers = [] if work.quantization is None else coded_layers(model)
         with torch.device("meta"):
             add_factors(model, wanted)
+        if work.quantization is not None:
+            keep_as_codes_(layers, model, work.quantization)
     if work.is_sparse and work.quantization is not None:
-        keep_as_codes_(model, work.method, work.options, work.quantization)
+        keep_beside_entries_(model, work.method, work.options, work.quantization)
     if work.checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -181,13 +185,18 @@ def _trained(built: Built) -> Iterator[Tensor]:
 def _give_storage(model: nn.Module) -> None:
     """Replace meta tensors by ones that have a place; what is shared stays shared."""
     made: dict[Tensor, Tensor] = {}
+    one: dict[torch.dtype, Tensor] = {}
+    """A number, which stands for all of a weight that is kept as codes."""
     for module in model.modules():
         for kept, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for name, old in kept.items():
                 if old is None:
                     continue
                 if old not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype)
+                    is_coded = old.numel() > 1 and not any(old.stride())
+                    if is_coded and old.dtype not in one:
+                        one[old.dtype] = torch.empty((), dtype=old.dtype)
+                    new = one[old.dtype].expand(old.shape) if is_coded else torch.empty(old.shape, dtype=old.dtype)
                     made[old] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
                 kept[name] = made[old]  # type: ignore[assignment]
 

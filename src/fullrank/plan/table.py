@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from fullrank.analysis.table import text_table
+from fullrank.moments import EIGHT_BIT
+from fullrank.ops import blockwise
 from fullrank.plan.advice import Largest, Suggestion
 from fullrank.plan.options import Budget
 from fullrank.plan.usage import Setting, Usage
@@ -55,7 +57,8 @@ def _title(setting: Setting) -> str:
         "accumulated" if work.accumulates else "",
         f"{over.strategy} over {over.gpus} GPUs" if over.gpus > 1 else "",
     ]
-    size = f"{network.whole.num_parameters() / 1e6:,.0f}M parameters"
+    millions = network.whole.num_parameters() / 1e6
+    size = f"{millions:,.0f}M parameters" if millions >= 10 else f"{millions:.2g}M parameters"
     batch = f"{setting.batch_size} x {work.sequence_length} tokens"
     return f"{network.model.name} ({size}), {kept}, {batch}, {', '.join(filter(None, extras))}; GiB on a GPU"
 
@@ -91,8 +94,29 @@ def _legend(rows: Mapping[str, Row]) -> Iterator[str]:
     if hosts:
         kept = ", ".join(f"{name} {gib(size)}" for name, size in hosts.items())
         yield from _wrapped(f"In the memory of the host, not counted here: {kept} GiB.", "")
+    if missing := missing_library(rows):
+        yield from _wrapped(missing, "")
     if why := {row.usage.why for row in rows.values() if row.usage.why}:
         yield from _wrapped(f"~ estimated by a formula: the step cannot be traced ({'; '.join(sorted(why))}).", "")
+
+
+def missing_library(rows: Mapping[str, Row]) -> str | None:
+    """What must be installed before runs of a plan can be made, if it is not: codes are planned from shapes alone."""
+    settings = [row.setting for row in rows.values()]
+    settings += [one.setting for row in rows.values() for one in row.suggestions]
+    if any(map(_has_codes, settings)) and blockwise.library_problems():
+        return (
+            "8-bit states and bases of codes need bitsandbytes, which is not installed here. To train so: pip install "
+            "'fullrank[quant]'."
+        )
+    return None
+
+
+def _has_codes(setting: Setting) -> bool:
+    """Whether training so takes codes of weights or of moments."""
+    options = setting.work.options
+    kept = {getattr(options, name, None) for name in ("state_dtype", "plain_state_dtype")}
+    return setting.work.quantization is not None or EIGHT_BIT in kept
 
 
 def _advice(rows: Mapping[str, Row], budget: Budget) -> Iterator[str]:
@@ -128,7 +152,8 @@ def _said(suggestion: Suggestion, budget: Budget, *, is_first: bool) -> str:
         if is_first
         else (f"{alone}{' alone' if saves > 0 else ''}, with what is above {gib(suggestion.together)} GiB")
     )
-    return f"{change.what} ({change.how}) {together}, {fits}. Costs {change.cost}."
+    what = f"{change.what}, the largest that fits with the rest" if change.is_largest else change.what
+    return f"{what} ({change.how}) {together}, {fits}. Costs {change.cost}."
 
 
 def _largest(found: Largest) -> str:

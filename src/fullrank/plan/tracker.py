@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fullrank.errors import ConfigError, UnsupportedError, first_line
+from fullrank.ops import blockwise
 
 try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -163,13 +165,42 @@ def stand_in() -> Iterator[Tracker]:
     if FakeTensorMode is None:
         raise UntraceableError(f"torch {torch.__version__} has no FakeTensorMode")
     tracker = Tracker()
-    with _seen_as_real(), FakeTensorMode(allow_fallback_kernels=False), tracker:
+    with _seen_as_real(), _codes_by_shape(), FakeTensorMode(allow_fallback_kernels=False), tracker:
         try:
             yield tracker
         except (ConfigError, UnsupportedError):
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
             raise UntraceableError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class _Shapes:
+    """bitsandbytes' operators on tensors without content: what they return, and nothing else."""
+
+    quantize_blockwise = SimpleNamespace(
+        default=lambda values, _, block: (
+            torch.empty_like(values, dtype=torch.uint8),
+            torch.empty(-(-values.numel() // block)),
+        )
+    )
+    dequantize_blockwise = SimpleNamespace(
+        default=lambda codes, scales, table, block, dtype: torch.empty_like(codes, dtype=dtype)
+    )
+
+
+@contextmanager
+def _codes_by_shape() -> Iterator[None]:
+    """Let 8-bit moments be planned where bitsandbytes is not installed: bytes follow from shapes."""
+    library: Any = blockwise
+    names = {"_kernels": _Shapes, "_table": lambda *_, **__: None, "library_problems": list}
+    kept = {name: getattr(library, name) for name in names}
+    for name, stand_in_of_it in names.items():
+        setattr(library, name, stand_in_of_it)
+    try:
+        yield
+    finally:
+        for name, own in kept.items():
+            setattr(library, name, own)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from fullrank.methods import METHODS
 from fullrank.plan import formulas
-from fullrank.plan.coded import coded
 from fullrank.plan.network import Network
 from fullrank.plan.spread import Spread, spread
 from fullrank.plan.step import Work, quietly, trace_passes, trace_step
@@ -130,11 +129,8 @@ class Planner:
         return self._placed(found, setting, moments)
 
     def _placed(self, found: Usage, setting: Setting, moments: Moments | None) -> Usage:
-        """In the type that the base is kept in, and on the GPUs that there are."""
-        network, work = setting.network, setting.work
-        if work.quantization is not None and (found.source == "formula" or not work.is_sparse):
-            found = coded(found, network, work.quantization)
-        return spread(found, moments, network, work, setting.spread)
+        """On the GPUs that there are."""
+        return spread(found, moments, setting.network, setting.work, setting.spread)
 
     def _moments(self, setting: Setting) -> Moments:
         """Every moment of the passes, for all layers and sequences of the setting."""

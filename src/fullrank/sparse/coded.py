@@ -67,10 +67,6 @@ class CodedWeight(SparseWeight):
             self._gate.data = torch.zeros((), dtype=self._dtype, device=self.weight.device).expand(self.layout.shape)
         return self._gate
 
-    def mark(self) -> int:
-        """That of the codes, and of what decodes them."""
-        return int(fingerprint({self.name: self.here()}).get(self.name, "0")[:15], 16)
-
     def here(self) -> Tensor:
         """What the codes stand for, in a new tensor; without the values."""
         return read_codes(self.layer, self._dtype)
@@ -197,6 +193,11 @@ def weight_of(
 def seat_of(part: SparseWeight, module: nn.Module, attribute: str, receiver: Receiver) -> Seat:
     """The seat of a sparse weight of either kind."""
     return (CodedSeat if isinstance(part, CodedWeight) else Seat)(part, module, attribute, receiver)  # type: ignore[arg-type]
+
+
+def mark_of(part: SparseWeight) -> int:
+    """A number that tells the codes of a weight, with what decodes them, from others; 0 for one that is none."""
+    return int(fingerprint({"": part.here()})[""][:15], 16) if is_coded(part) else 0
 
 
 def is_coded(part: SparseWeight) -> bool:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fullrank import sharding
 from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.sparse.coded import mark_of
 from fullrank.sparse.weight import SparseWeight
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -307,5 +308,5 @@ def _checksum(part: SparseWeight, given: Tensor | None) -> Tensor:
     numbers = torch.zeros(0, dtype=torch.int64) if units is None else units.flatten().long()
     numbers = numbers.to(device)
     places = torch.arange(1, len(numbers) + 1, device=device)
-    mark = torch.tensor(part.mark(), device=device)
+    mark = torch.tensor(mark_of(part), device=device)
     return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum(), mark])

@@ -65,3 +65,8 @@ def num_chosen(density: float, layout: Layout) -> int:
     """How many units train, of each row under scope row: the share rounded down, plus one, as in the authors' code."""
     num_units = layout.columns if layout.per_row else layout.num_units
     return min(int(density * num_units) + 1, num_units)
+
+
+def values_shape(layout: Layout, num_units: int) -> tuple[int, ...]:
+    """Shape of the values of so many units: a vector, or under scope row so many of each row."""
+    return (layout.rows, num_units) if layout.per_row else (num_units * layout.unit_numel,)

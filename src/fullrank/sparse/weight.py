@@ -28,6 +28,7 @@ from fullrank.saved_state import GUEST
 from fullrank.sharding import is_sharded, local, make_state, split_of, spread, whole
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.saved import INDEX, keep_with
+from fullrank.sparse.settings import values_shape
 
 
 def is_values(parameter: Tensor) -> bool:
@@ -62,7 +63,7 @@ class SparseWeight:
         self.own_layout = dataclasses.replace(layout, shape=tuple(local(weight).shape))
         """How what this process holds of the weight is divided."""
         self.how = "rows" if self.split is not None and self.split.dim == 0 else "whole"
-        shape = (layout.rows, num_units) if layout.per_row else (num_units * layout.unit_numel,)
+        shape = values_shape(layout, num_units)
         values: Any = nn.Parameter(make_state(shape, self.values_dtype, weight, self.split, self.how))
         values.idx, values.train_num = None, num_units * (layout.rows if layout.per_row else 1)
         self.values = values
@@ -98,10 +99,6 @@ class SparseWeight:
     def leaf(self) -> Tensor:
         """The tensor that the weight's gradient arrives at."""
         return self.weight
-
-    def mark(self) -> int:
-        """A number that tells what never changes of the weight from others; 0: all of it may."""
-        return 0
 
     def here(self) -> Tensor:
         """What this process holds of the weight."""

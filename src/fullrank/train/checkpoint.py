@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import partial
+from dataclasses import MISSING, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from fullrank.errors import CheckpointError
 from fullrank.train.config import RunConfig
@@ -156,8 +157,27 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     )
     differences = [line for key in DEFINING for line in _differences(key, one.get(key), other[key])]
     for key in sorted({*saved["trainer"], *now["trainer"]} - FREE):
-        differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
+        before, after = (_resolved(content["trainer"], key, now["seed"]) for content in (saved, now))
+        if before != after:
+            differences += _differences(f"trainer.{key}", saved["trainer"].get(key), now["trainer"].get(key))
     return differences
+
+
+def _resolved(trainer: dict[str, Any], key: str, seed: int) -> Any:
+    """What a field of the trainer section comes to in a run: an option that is left out has a value too."""
+    value = trainer.get(key)
+    if value is None:
+        value = {**_trainer_defaults(), "data_seed": seed}.get(key)
+    return value
+
+
+@cache
+def _trainer_defaults() -> dict[str, Any]:
+    """Field -> its value where it is left out: TrainingArguments' own, and of ours."""
+    found: dict[str, Any] = {}
+    for field in fields(TrainingArguments):
+        found[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    return {**found, "fused_backward": False, "gradient_checkpointing": False}
 
 
 def verify_run(folder: Path, config: RunConfig) -> None:

@@ -18,6 +18,9 @@ from fullrank.train.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
+TAKEN = "_bound_taken_for_a_step"
+"""Attribute of a Trainer's arguments that keeps their ``max_grad_norm`` while it is 0."""
+
 
 def is_fused(config: RunConfig) -> bool:
     """Whether the parameters of a run are stepped as their gradients arrive."""
@@ -42,11 +45,12 @@ def refuse_fused(config: RunConfig) -> None:
             "trainer.fused_backward steps each parameter in every process as its gradient arrives, and "
             "method.partition_states in one of them, after the backward pass. Leave one of them out."
         )
-    if not hasattr(Trainer, "_get_grad_norm"):
-        raise ConfigError(
-            f"trainer.fused_backward needs transformers 5.23, and the Trainer of {transformers.__version__} has no "
-            "_get_grad_norm. Install it, or leave fused_backward out."
-        )
+    for method in ("_clip_grad_norm", "_get_grad_norm"):
+        if not hasattr(Trainer, method):
+            raise ConfigError(
+                f"trainer.fused_backward needs transformers 5.23, and the Trainer of {transformers.__version__} has no "
+                f"{method}. Install it, or leave fused_backward out."
+            )
 
 
 def fuse(
@@ -81,17 +85,17 @@ def fuse(
             "trainer.per_device_train_batch_size to the whole batch (trainer.gradient_checkpointing true makes room), "
             "use galore or sift, whose gradients are summed in small, or leave fused_backward out."
         )
-    args.max_grad_norm = 0.0
     return fused
 
 
-def log_norms(trainer: Trainer, fused: FusedBackward) -> None:
-    """Let a Trainer log the norm of the gradients that it does not see."""
+def leave_gradients_to(fused: FusedBackward, trainer: Trainer) -> None:
+    """Let a Trainer log the norm of the gradients that it does not see, and clip nothing of what is left of them."""
 
     def get_grad_norm(model: nn.Module, grad_norm: Any = None) -> torch.Tensor:
         return fused.grad_norm
 
     trainer._get_grad_norm = get_grad_norm  # type: ignore[method-assign]
+    trainer._clip_grad_norm = lambda model: None  # type: ignore[method-assign]
 
 
 def _is_accumulating() -> bool:
@@ -116,8 +120,6 @@ class FusedSteps(TrainerCallback):
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None, model: nn.Module | None = None) -> None:
         self.fused: FusedBackward | None = None
-        self._taken: tuple[TrainingArguments, float] | None = None
-        """Arguments whose bound of clipping was taken over, and that bound."""
         if optimizer is not None:
             self.fused = FusedBackward(optimizer, model=model, is_accumulating=_is_accumulating)
 
@@ -143,23 +145,28 @@ class FusedSteps(TrainerCallback):
             self.fused = FusedBackward(optimizer, is_accumulating=_is_accumulating)
         if args.gradient_accumulation_steps > 1:
             self.fused.refuse_accumulation()
-        self._give_bound_back()
-        self._taken = args, args.max_grad_norm
+        _give_bound_back(args)  # after an error in a step
         self.fused.max_grad_norm = args.max_grad_norm or None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take clipping over for a step: the Trainer's own would see what is left of the gradients alone."""
+        assert self.fused is not None
+        if self.fused.max_grad_norm != (args.max_grad_norm or None):
+            self.fused.max_grad_norm = args.max_grad_norm or None
+        setattr(args, TAKEN, args.max_grad_norm)
         args.max_grad_norm = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give the arguments back as they were, before anything is saved."""
+        _give_bound_back(args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the arguments back as they were; the hooks stay, for training that goes on."""
-        self._give_bound_back()
-
-    def _give_bound_back(self) -> None:
-        """At the end of training, or when it begins again after an error."""
-        if self._taken is not None:
-            args, bound = self._taken
-            args.max_grad_norm = args.max_grad_norm or bound
-            self._taken = None
+        _give_bound_back(args)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report the norm of the last step's gradients."""
@@ -168,3 +175,10 @@ class FusedSteps(TrainerCallback):
             logs["grad_norm"] = self.fused.grad_norm.item()
             if state.log_history and "grad_norm" in state.log_history[-1]:
                 state.log_history[-1]["grad_norm"] = logs["grad_norm"]
+
+
+def _give_bound_back(args: TrainingArguments) -> None:
+    """The bound of clipping, if it was taken for a step: by this callback, or another that an error has ended."""
+    bound = vars(args).pop(TAKEN, None)
+    if bound is not None:
+        args.max_grad_norm = args.max_grad_norm or bound

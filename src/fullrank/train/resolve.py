@@ -265,7 +265,7 @@ def _parse(parser: ArgumentParser, key: str, value: Any) -> Any:
 
 def _one_line(error: ArgumentError, key: str, value: Any) -> str:
     """What jsonargparse expected, with the key and the value named once."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     expected = next((line.split(". Got value")[0] for line in lines if line.startswith("Expected")), lines[-1])
     return f"{key} = {value!r} has the wrong type or value. {expected}."
 

@@ -24,7 +24,7 @@ from fullrank.methods import Built
 from fullrank.train.callbacks import ProgressBar
 from fullrank.train.config import OWN_FIELDS, RunConfig
 from fullrank.train.data.prepared import Data
-from fullrank.train.fused import log_norms
+from fullrank.train.fused import leave_gradients_to
 from fullrank.train.parallel import ParallelTrainer
 from fullrank.train.recipes import nearest
 from fullrank.train.sharded import DDP, FSDP2, strategy_of
@@ -77,7 +77,7 @@ def make_trainer(
     except OSError as error:
         raise ConfigError(f"output_dir {args.output_dir} cannot be made: {error}. Choose another.") from error
     if fused is not None:
-        log_norms(trainer, fused)
+        leave_gradients_to(fused, trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     return trainer
