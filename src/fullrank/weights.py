@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fullrank.errors import CheckpointError, ConfigError, UnsupportedError
-from fullrank.ops.codes import coded_layers, decode, decoded_shape
+from fullrank.ops.codes import QUANT_STATE, coded_layers, decode, decoded_shape
 from fullrank.ops.merge import product
 
 Shapes = dict[str, tuple[int, ...]]
@@ -84,6 +84,14 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 def holds_factors(folder: str | Path) -> bool:
     """Whether a folder is a checkpoint with LoRA's factors in it, which ``read_weights`` adds to their weights."""
     return any(name.endswith(FACTOR_A) for name in stored_names(folder))
+
+
+def holds_parts(folder: str | Path) -> bool:
+    """Whether a folder is a checkpoint whose weights ``read_weights`` makes from parts: factors, codes."""
+    if not Path(folder).is_dir():
+        return False
+    is_ours = (Path(folder) / MARKER).is_file()
+    return holds_factors(folder) or (is_ours and bool(coded_layers(stored_names(folder))))
 
 
 def weights_folder(folder: str | Path) -> Path:
@@ -167,7 +175,7 @@ class Stored:
         self._coded = coded_layers(self.places)
         for layer, parts in self._coded.items():
             weight = f"{layer}weight"
-            how = {part: self._tensor(layer + part) for part in parts if part not in ("weight", "SCB")}
+            how = {part: self._tensor(layer + part) for part in parts if QUANT_STATE in part}
             self.shapes[weight] = decoded_shape(how, self.shapes[weight])
             self.dtypes[weight] = "F32"
             for part in parts:

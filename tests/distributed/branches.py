@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fullrank import SIFT
+from fullrank.factors.quantize import Quantization
 from fullrank.sharding import local, part_of
 from tests.distributed.loop import DTYPES, whole
 
@@ -82,6 +83,8 @@ class Plan:
     """Units by the name of a weight."""
     alike: bool = False
     """All samples go through the branch, so that all processes use the same parts, as FSDP2 needs it."""
+    codes: Any = None
+    """How the layers that train sparsely are kept as codes, whatever their width; None: plain."""
     poisoned: int = -1
     """A step of which one sample is not finite."""
 
@@ -147,7 +150,12 @@ def start(
     world: int = 1,
 ) -> Run:
     """SIFT on a model that was sharded before, or is wrapped afterwards, or neither."""
-    model = Branches(seed, reentrant=plan.reentrant).to(DTYPES[plan.dtype]).train()
+    model = Branches(seed, reentrant=plan.reentrant)
+    if plan.codes is not None:
+        quantization = Quantization(plan.codes, torch.device("cpu"))
+        quantization.apply_(model, keep={"enter", "head"})
+        quantization.unmark_(model)
+    model = model.to(DTYPES[plan.dtype]).train()
     if shard is not None:
         shard(model)
     sift = SIFT(model, 0.2, plan.targets, plan.exception, gradient_checkpointing=bool(plan.reentrant), **plan.options)

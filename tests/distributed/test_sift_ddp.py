@@ -135,6 +135,38 @@ def test_in_bfloat16(case: Case, world: int, outcome: Any) -> None:
     assert {name for name in wanted if not torch.equal(found[0][name], wanted[name])} == set()
 
 
+CODED = {
+    "branches-ddp-codes": Plan(codes="int8", accumulation=2, exception=()),
+    "branches-ddp-codes-rows": Plan(ROWS, codes="int8", reentrant=True, clip=0.1),
+}
+
+
+def train_coded(place: Place, *, plan: Plan) -> dict[str, Any]:
+    """From the same codes, which are no process's to send."""
+    run = branches.start(plan, wrap=DistributedDataParallel, rank=place.rank, world=place.world)
+    run.steps(STEPS)
+    return run.found()
+
+
+ON_CODES = [Case(name, functools.partial(train_coded, plan=plan), worlds=(2,)) for name, plan in CODED.items()]
+
+
+@each(ON_CODES)
+def test_beside_codes(case: Case, world: int, outcome: Any) -> None:
+    """The values of one process; the codes stay."""
+    found = [each.tensors for each in outcome(case, world)]
+    assert_equal(*found)
+    alone = branches.start(CODED[case.name])
+    before = {name: tensor.clone() for name, tensor in alone.found().items()}
+    alone.steps(STEPS)
+    wanted = alone.found()
+    assert found[0].keys() == wanted.keys() >= {"values/side.weight", "values/blocks.0.up.weight"}
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=0, atol=1e-10, msg=name)
+        if tensor.dtype == torch.int8:
+            assert torch.equal(found[0][name], before[name])
+
+
 # Bytes.
 
 
@@ -353,6 +385,9 @@ def refusals(place: Place) -> dict[str, Any]:
     run.sift.sparse_mapping["side.weight"].idx = [1, 2] if place.rank == 0 else None
     found["units in one"] = message(ConfigError, lambda: forward(run.model))
 
+    run = branches.start(Plan(codes="int8"), seed=place.rank, wrap=DistributedDataParallel)
+    found["other codes"] = message(ConfigError, lambda: forward(run.model))
+
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -376,6 +411,7 @@ TOLD = {
     "the wrapper": "Make SIFT on the plain model, wrap that very model afterwards",
     "other units": "chosen entries of side.weight are not the same in all processes",
     "units in one": "chosen entries of side.weight are not the same in all processes",
+    "other codes": "or its codes, where it is kept as such",
     "strange output": "Wrapped returned no tensor",
 }
 
@@ -387,4 +423,4 @@ def test_told_in_all_processes(case: Case, world: int, outcome: Any, key: str, w
         assert words in process.values[key]
 
 
-CASES = named(*AS_ALONE, ROUNDED, COUNT, WATCH, *TRAINER, *RESUMES, REFUSALS)
+CASES = named(*AS_ALONE, ROUNDED, *ON_CODES, COUNT, WATCH, *TRAINER, *RESUMES, REFUSALS)

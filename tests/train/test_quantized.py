@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fullrank import memory
+from fullrank import METHODS, memory
 from fullrank.cli import is_news, main
+from fullrank.coded import codes_of, keep_codes_, read_codes
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.factors.quantize import Quantization, dequantize_, statistic_bytes
-from fullrank.factors.quantized import codes_of, keep_codes_, read_codes
 from fullrank.ops.codes import coded_layers, decode, decoded_shape
 from fullrank.train import run as runs
+from fullrank.train.coded import keep_as_codes
 from fullrank.train.load import load_trained
 from fullrank.train.report import read_metrics
 from fullrank.train.resolve import resolve
@@ -191,6 +194,82 @@ def test_a_lora_run_on_codes(kind: str, made: tuple[Path, Path], tmp_path: Path)
     assert update.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("nf4", {"method.granularity": "row", "trainer.gradient_checkpointing": True}),
+        pytest.param("int8", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sift_run_on_codes(kind: str, changes: dict[str, Any], made: tuple[Path, Path], tmp_path: Path) -> None:
+    """It learns; checkpoints and model are the decoded base with the entries put in; the adapter has these alone."""
+    result = runs.finetune(resolve(content(made, tmp_path / "run", kind, "sift"), changes))
+    assert result is not None
+    assert result["scores"]["loss"] < 0.5 * result["scores_before"]["loss"]
+    assert result["optimizer_state_bytes"] == result["optimizer_state_peak_bytes"]
+    plain, trained = load_file(made[0] / "model.safetensors"), weights(tmp_path / "run")
+    kinds = [{name: (t.shape, t.dtype) for name, t in one.items()} for one in (trained, plain)]
+    assert kinds[0] == kinds[1]
+    last = tmp_path / "run" / "checkpoint-10"
+    stored = read_weights(last)
+    assert stored.shapes.keys() == trained.keys()
+    for name, tensor in trained.items():
+        torch.testing.assert_close(stored.read(name).float(), tensor, rtol=0, atol=1e-6)
+    torch.testing.assert_close(dict(load_trained(str(last)).model.state_dict()), trained, rtol=0, atol=1e-6)
+    name = "model.layers.0.mlp.up_proj.weight"
+    adapted = load_trained(str(made[0]), adapter=str(tmp_path / "run" / "adapter")).model.state_dict()
+    update = adapted[name] - plain[name]
+    assert 0.1 < (update != 0).float().mean() < 0.4  # of a density of 0.3
+    rounding = (trained[name] - update - plain[name]).abs().max()
+    assert 0 < rounding <= WORST[kind] * plain[name].abs().max() + 1e-3
+
+
+@pytest.mark.slow
+def test_a_resumed_sift_run_is_the_same(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Bit for bit, under autocast and update during backward; the best model comes back with its entries."""
+    steps = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+    changes = {"trainer.bf16": True, "trainer.fused_backward": True, "trainer.load_best_model_at_end": True}
+    given = content(made, tmp_path / "whole", "nf4-double", "sift", **steps)
+    runs.finetune(resolve(given, changes))
+    config = resolve(given | {"output_dir": str(tmp_path / "part")}, changes)
+    runs.finetune(config)
+    shutil.rmtree(tmp_path / "part" / "checkpoint-10")
+    (tmp_path / "part" / "result.json").unlink()
+    assert runs.finetune(config, resume=True) is not None
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.slow
+def test_a_classifier_whose_exceptions_stay_plain(tmp_path: Path) -> None:
+    """The layer of an exception trains densely, so it is not kept as codes; the best model comes back."""
+    given = classification(
+        write_encoder(tmp_path / "encoder"),
+        write_sst2(tmp_path / "data"),
+        tmp_path / "run",
+        "sift",
+        num_train_epochs=3,
+    )
+    given["model"]["quantization"] = "int8"
+    given["method"] |= {"target_modules": ["attention"], "exception": ["classifier", "output.dense", "pooler"]}
+    result = runs.finetune(resolve(given))
+    assert result is not None
+    kept = tmp_path / "run" / f"checkpoint-{result['kept_step']}"
+    codes = {name for name, tensor in load_file(kept / "model.safetensors").items() if tensor.dtype == torch.int8}
+    assert any("intermediate.dense" in name for name in codes)
+    assert not any("output.dense" in name or "classifier" in name for name in codes)
+    stored = read_weights(kept)
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(stored.read(name).float(), tensor, rtol=0, atol=1e-6)
+
+
+def test_layers_that_are_not_linear_stay_plain(tmp_path: Path) -> None:
+    """GPT-2's, beside whose only linear layer, the head, there is nothing to keep as codes."""
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=64, n_layer=1, n_head=2, n_positions=16))
+    config: Any = SimpleNamespace(model=SimpleNamespace(quantization="int8"), method=METHODS["sift"].config())
+    with pytest.raises(ConfigError, match=r"takes linear layers, and GPT2LMHeadModel has none but what trains"):
+        keep_as_codes(network, METHODS["sift"], config, CPU)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4-double"])
 def test_a_resumed_run_is_the_same(kind: str, made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -251,9 +330,10 @@ def test_a_classifier_keeps_its_head_plain_and_its_best_model(tmp_path: Path) ->
 
 
 REFUSED = [
-    ("full", {}, r"model\.quantization nf4 keeps the weights as codes.*method full.*it trains the weights"),
-    ("sift", {}, r"method sift cannot use it: its values are added to single entries of the weights\. Use lora"),
-    ("fira", {}, r"it trains the weights\. Use lora or relora, or fira with method\.lora_rank"),
+    ("full", {}, r"model\.quantization nf4 keeps the weights as codes.*method full trains the weights"),
+    ("sift", {"method.reselect_every": 5}, r"method\.reselect_every 5: codes have no place for what entries have"),
+    ("sift", {"trainer.strategy": "fsdp2"}, r"trainer\.strategy fsdp2.*Use ddp"),
+    ("fira", {}, r"method fira trains the weights\. Use lora, relora or sift, or fira with method\.lora_rank"),
     ("lora", {"method.warm_start_steps": 4}, r"method\.warm_start_steps 4, in which the weights train"),
     ("lora", {"method.factor_dtype": None}, r"method\.factor_dtype null"),
     ("lora", {"trainer.strategy": "fsdp2"}, r"trainer\.strategy fsdp2.*Use ddp"),

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fullrank.coded import is_quantized
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.factors.pair import LayerPair, LowRankPair
-from fullrank.factors.quantized import QuantizedPair, is_quantized
+from fullrank.factors.quantized import QuantizedPair
 from fullrank.params import match_parameters, rank_problems
 from fullrank.sharding import is_sharded, refuse_flattened, reshard, split_of
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fullrank.adapter import fingerprint
+from fullrank.coded import ORIGIN, codes_of, keep_codes_, layers_with_codes, plain_layer, read_codes, replace_layer
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.factors.quantized import codes_of, is_quantized, keep_codes_, read_codes
 from fullrank.ops.codes import ROW_FORMAT
 from fullrank.sharding import own_bytes
 
@@ -61,8 +62,7 @@ class Quantization:
         for name in names:
             self._refuse_width(name, model.get_submodule(name))
         for name in names:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, self._coded(model.get_submodule(name)))
+            replace_layer(model, name, self._coded(model.get_submodule(name)))
         setattr(model, PEFT_MARKS[self.kind], True)
         return names
 
@@ -101,6 +101,7 @@ class Quantization:
             layer.support_avx512bf16_for_cpu = False
         layer.to(self.device)
         layer.bias = plain.bias
+        setattr(layer, ORIGIN, fingerprint({"weight": plain.weight.detach()}).get("weight"))
         layer.register_load_state_dict_pre_hook(partial(_load_codes, {}))
         layer.train(plain.training)
         return layer  # type: ignore[no-any-return]
@@ -129,18 +130,8 @@ def _load_codes(
 
 def dequantize_(model: nn.Module, dtype: torch.dtype) -> None:
     """Turn every layer with codes into a plain linear one on the host, with what its codes stand for."""
-    coded = [(name, layer) for name, layer in model.named_modules() if is_quantized(getattr(layer, "weight", None))]
-    for name, layer in coded:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, plain_layer(layer, read_codes(layer), dtype))
-
-
-def plain_layer(layer: Any, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer on the host with a weight in the place of codes, and the bias of the layer that had these."""
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(weight.to("cpu", dtype), requires_grad=False)
-    plain.bias = layer.bias
-    return plain
+    for name, layer in layers_with_codes(model).items():
+        replace_layer(model, name.removesuffix(".weight"), plain_layer(layer, read_codes(layer), dtype))
 
 
 def plain_linears(model: nn.Module, keep: Collection[str] = ()) -> dict[str, nn.Linear]:
@@ -150,8 +141,5 @@ def plain_linears(model: nn.Module, keep: Collection[str] = ()) -> dict[str, nn.
 
 def statistic_bytes(model: nn.Module) -> int:
     """Bytes of what decodes a model's codes: no parameters, but as long as these held."""
-    total = 0
-    for layer in model.modules():
-        if is_quantized(layer._parameters.get("weight")):  # its own: PEFT's layers show that of the one they wrap
-            total += sum(own_bytes(tensor) for name, tensor in codes_of(layer).items() if name != "weight")
-    return total
+    layers = layers_with_codes(model).values()
+    return sum(own_bytes(t) for layer in layers for name, t in codes_of(layer).items() if name != "weight")

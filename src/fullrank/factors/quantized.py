@@ -6,22 +6,14 @@ stored differs from what was meant. The error is returned with every merge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fullrank.coded import codes_of, keep_codes_, keep_int8_, read_codes, shape_of
 from fullrank.factors.pair import LayerPair
-from fullrank.ops.codes import decode_flat
-
-KINDS = ("Params4bit", "Int8Params")
-
-
-def is_quantized(weight: Any) -> bool:
-    """Whether a weight is kept as bitsandbytes' codes."""
-    return type(weight).__name__ in KINDS and not getattr(weight, "has_fp16_weights", False)
 
 
 @dataclass(eq=False)
@@ -31,8 +23,7 @@ class QuantizedPair(LayerPair):
     @property
     def shape(self) -> tuple[int, int]:
         """M and N; the stored weight is packed."""
-        base = self.layer.get_base_layer()
-        return base.out_features, base.in_features
+        return shape_of(self.layer.get_base_layer())
 
     def read(self) -> Tensor:
         """The decoded weight (M x N, float32)."""
@@ -55,7 +46,7 @@ class QuantizedPair(LayerPair):
             base.quant_state = weight.quant_state
         else:
             codes, scales, _ = functional.int8_vectorwise_quant(values.half())
-            _keep_int8(base, codes, scales)
+            keep_int8_(base, codes, scales)
         return self.read()
 
     def stored(self) -> dict[str, Tensor]:
@@ -65,45 +56,3 @@ class QuantizedPair(LayerPair):
     def restore_(self, tensors: dict[str, Tensor]) -> None:
         """Take back what ``stored`` gave."""
         keep_codes_(self.layer.get_base_layer(), tensors)
-
-
-def read_codes(base: Any) -> Tensor:
-    """The decoded weight of a layer (M x N, float32)."""
-    from bitsandbytes import functional
-
-    weight: Any = base.weight
-    if type(weight).__name__ == "Params4bit":
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            base.state_dict()  # turns the layout that bitsandbytes uses for inference on CPUs back
-        return decode_flat(functional.dequantize_4bit, weight.data, weight.quant_state)
-    values: Tensor = functional.int8_vectorwise_dequant(*_int8(base)).float()
-    return values
-
-
-def codes_of(base: Any) -> dict[str, Tensor]:
-    """Codes of a layer and what decodes them, by bitsandbytes' own names."""
-    return {name: tensor for name, tensor in base.state_dict().items() if name != "bias"}
-
-
-def keep_codes_(base: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put codes into a layer, with what decodes them: what ``codes_of`` gave."""
-    weight: Any = base.weight
-    if type(weight).__name__ == "Params4bit":
-        statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-        found = type(weight).from_prequantized(tensors["weight"], statistics, device=weight.device)
-        weight.data, weight.quant_state = found.data, found.quant_state
-        base.quant_state = weight.quant_state
-    else:
-        _keep_int8(base, tensors["weight"].to(weight.device), tensors["SCB"].to(weight.device))
-
-
-def _int8(base: Any) -> tuple[Tensor, Tensor]:
-    """Codes and scales of an 8-bit layer: with the weight until the first forward pass, then in the layer's state."""
-    holder = base.state if base.state.CB is not None else base.weight
-    return holder.CB, holder.SCB
-
-
-def _keep_int8(base: Any, codes: Tensor, scales: Tensor) -> None:
-    base.weight.data = codes
-    holder = base.state if base.state.CB is not None else base.weight
-    holder.CB, holder.SCB = codes, scales

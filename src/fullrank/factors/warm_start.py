@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fullrank.coded import is_quantized
 from fullrank.errors import ConfigError
 from fullrank.factors.pair import LowRankPair
-from fullrank.factors.quantized import is_quantized
 from fullrank.sharding import reshard
 
 

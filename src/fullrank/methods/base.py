@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ class Built:
     """Turns a learning-rate schedule, its warm-up and the number of optimizer steps into the method's own schedule."""
     save_adapter: Callable[[Path], int] | None = None
     """Writes what training changed into a folder, as a small file; returns its bytes. None: there is no such file."""
+    detach: Callable[[torch.device | str | None], None] | None = None
+    """Ends training and leaves a plain model, what it decodes on this device (None: where that is). None: it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class Method:
     """Bytes of optimizer state of a model under its options, before any training; the most there are at a time."""
     adapters: Callable[[Any], AdapterRequest | None] | None = None
     """The LoRA layers that ``build`` expects on the model, from its options; None: the model as it is."""
+    beside_codes: Callable[[nn.Module, Any], Collection[str]] | None = None
+    """Layers that have to stay plain where the others keep their weights as codes, beside which it trains (without
+    ``adapters``); None: it needs the weights."""
     finetune_lr: float = 1e-4
     """Peak learning rate for a trained model, where none is given: as in the papers' fine-tuning scripts."""
 

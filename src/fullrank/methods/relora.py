@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fullrank.coded import is_quantized
 from fullrank.errors import CheckpointError, ConfigError
 from fullrank.factors import (
     RESETS,
@@ -43,7 +44,6 @@ from fullrank.factors import (
     refuse_mixed_types,
     reset_states,
 )
-from fullrank.factors.quantized import is_quantized
 from fullrank.factors.training import cycles_of, divide, factor_problems, make_optimizer, planned_state_bytes
 from fullrank.methods.base import Built, Method
 from fullrank.ops.seeded import seeded

@@ -27,15 +27,17 @@ from torch import Tensor, nn
 
 from fullrank.adamw import AdamWConfig, config_problems, make_adamw, state_bytes_of
 from fullrank.adapter import Change, save_adapter
+from fullrank.coded import num_entries
 from fullrank.errors import ConfigError
 from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
 from fullrank.ops.seeded import seeded
-from fullrank.sharding import local, process_number, whole
+from fullrank.sharding import process_number, whole
+from fullrank.sparse.coded import is_coded, weight_of
 from fullrank.sparse.given import parse_units
 from fullrank.sparse.planned import planned_values
 from fullrank.sparse.seat import SUFFIX, divide, layout_of
-from fullrank.sparse.settings import num_chosen, refuse_for_spread, setting_problems
+from fullrank.sparse.settings import num_chosen, refuse_for_codes, refuse_for_spread, setting_problems
 from fullrank.sparse.training import SparseTraining
 from fullrank.sparse.weight import SparseWeight
 
@@ -117,11 +119,13 @@ class SIFT(SparseTraining):
         targets, dense, frozen = divide(model, sparse_module, exception)
         layouts = {name: layout_of(model, name, w, granularity, block_size, scope) for name, w in targets.items()}
         weights = [
-            SparseWeight(name, weight, layouts[name], num_chosen(sparse_rate, layouts[name]), keep_base=keep_base)
-            for name, weight in targets.items()
+            weight_of(model, name, w, layouts[name], num_chosen(sparse_rate, layouts[name]), keep_base=keep_base)
+            for name, w in targets.items()
         ]
         if any(part.split is not None for part in weights):
             refuse_for_spread(settings)
+        if any(is_coded(part) for part in weights):
+            refuse_for_codes(settings)
         super().__init__(
             model,
             weights,
@@ -132,7 +136,7 @@ class SIFT(SparseTraining):
             inputs_grad=gradient_checkpointing,
         )
         self.sparse_mapping: dict[str, Any] = {part.name: part.values for part in weights}
-        self.total_num = sum(parameter.numel() for _, parameter in self.model_parameters())
+        self.total_num = sum(num_entries(parameter) for _, parameter in self.model_parameters())
         logger.info("%s", self.describe())
 
     # What trains.
@@ -170,7 +174,7 @@ class SIFT(SparseTraining):
     def describe(self) -> str:
         """One line: what trains sparsely, densely, and not at all."""
         sparsely = sum(part.values.numel() for part in self.weights)
-        of = sum(part.weight.numel() for part in self.weights)
+        of = sum(part.layout.rows * part.layout.columns for part in self.weights)
         return (
             f"SIFT: {sparsely:,} of {of:,} entries ({sparsely / of:.2%}) of {len(self.weights)} weights train (first "
             f"{self.weights[0].name}), chosen by {self.settings['selection']}; {len(self.dense)} train densely, "
@@ -202,7 +206,7 @@ class SIFT(SparseTraining):
         """What the caller's function chooses."""
         assert self.chooser is not None
         assert part.pending is not None
-        chosen = self.chooser(part.name, local(part.weight).detach(), part.pending, part.num_units)
+        chosen = self.chooser(part.name, part.here(), part.pending, part.num_units)
         return parse_units(chosen, part.own_layout, name=part.name)
 
     def refuse_stuck(self) -> None:
@@ -225,7 +229,7 @@ class SIFT(SparseTraining):
             if part.split is not None:
                 scores = part.own_rows(scores.view(part.layout.rows, -1)).reshape(-1)
             return scores.to(part.weight.device)
-        by = local(part.weight).detach() if self.settings["selection"] == "magnitude" else part.pending
+        by = part.here() if self.settings["selection"] == "magnitude" else part.pending
         assert by is not None
         return sparse.unit_scores(by.abs(), part.own_layout)
 
@@ -310,7 +314,7 @@ def build(model: nn.Module, config: SiftConfig) -> Built:
         groups = [{"params": list(sift.sparse_mapping.values()), "blocks": _blocks(config)}]
         groups += [{"params": list(sift.dense.values())}] if sift.dense else []
     optimizer = make_adamw(groups, config, seed=config.seed)
-    return Built(optimizer, save_adapter=sift.save_adapter if config.keep_base else None)
+    return Built(optimizer, save_adapter=sift.save_adapter if config.keep_base else None, detach=sift.detach)
 
 
 def state_bytes(model: nn.Module, config: SiftConfig) -> int:
@@ -322,7 +326,7 @@ def state_bytes(model: nn.Module, config: SiftConfig) -> int:
     total = sum(state_bytes_of(p.shape, p.dtype, config) for p in dense)
     for values in planned:
         total += state_bytes_of(values.shape, values.dtype, config, blocks=_blocks(config))
-        total += values.numel * (values.dtype.itemsize + (values.weight.element_size() if config.keep_base else 0))
+        total += values.numel * (values.dtype.itemsize + (values.kept.itemsize if config.keep_base else 0))
         total += values.numel // values.layout.unit_numel * values.layout.index_dtype.itemsize
     return total
 
@@ -332,4 +336,9 @@ def _blocks(config: SiftConfig) -> Literal["rows", "flat"]:
     return "rows" if config.scope == "row" else "flat"
 
 
-METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes, finetune_lr=2e-4)
+def dense_layers(model: nn.Module, config: SiftConfig) -> set[str]:
+    """The layers of the exceptions, which train whole and so cannot be kept as codes."""
+    return {name.rpartition(".")[0] for name in divide(model, config.target_modules, config.exception)[1]}
+
+
+METHOD = Method("sift", "2312.11875", SiftConfig, build, state_bytes, beside_codes=dense_layers, finetune_lr=2e-4)

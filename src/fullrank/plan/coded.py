@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fullrank.factors.quantize import BLOCK, plain_linears
 from fullrank.plan.network import Network
 from fullrank.sharding import own_bytes
-from fullrank.train.adapters import heads
+from fullrank.train.coded import heads
 
 BLOCK_OF_SCALES = 256
 """Scales of bitsandbytes' 4-bit codes that share one of their own where they are codes too."""
@@ -35,7 +35,7 @@ def coded_layers(model: nn.Module) -> list[nn.Linear]:
 def saved_bytes(network: Network, kind: str) -> int:
     """Bytes of weights that codes save."""
     layers = coded_layers(network.whole)
-    return sum(own_bytes(layer.weight) - sum(map(own_bytes, _codes(layer, kind).values())) for layer in layers)
+    return sum(own_bytes(layer.weight) - code_bytes(layer, kind) for layer in layers)
 
 
 def decoded_bytes(network: Network) -> int:
@@ -60,6 +60,11 @@ def keep_as_codes_(layers: Iterable[nn.Linear], model: nn.Module, kind: str) -> 
         layer.weight = nn.Parameter(weight, requires_grad=False)
         is_copied = kind != "int8" and layer in wrapped  # PEFT's layer copies the outputs of 4-bit ones
         layer.forward = partial(_forward, layer, kind, is_copied)  # type: ignore[method-assign]
+
+
+def code_bytes(layer: nn.Linear, kind: str) -> int:
+    """Bytes of the codes of a weight and of what decodes them."""
+    return sum(map(own_bytes, _codes(layer, kind).values()))
 
 
 def _codes(layer: nn.Linear, kind: str) -> dict[str, Tensor]:

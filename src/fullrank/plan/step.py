@@ -20,6 +20,7 @@ from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built
 from fullrank.optimizer import MethodOptimizer
 from fullrank.plan.coded import coded_layers, keep_as_codes_
+from fullrank.plan.coded_sparse import keep_beside_entries_
 from fullrank.plan.network import Network
 from fullrank.plan.timeline import FIRST, INNER, STEADY, STEP, as_moments, on_device
 from fullrank.plan.tracker import FAKE_TENSORS, GRADIENTS, HOST, STATES, WEIGHTS, Region, Tracker, stand_in
@@ -137,6 +138,8 @@ def _model(network: Network, work: Work, *, num_layers: int) -> PreTrainedModel:
             add_factors(model, wanted)
         if work.quantization is not None:
             keep_as_codes_(layers, model, work.quantization)
+    if work.is_sparse and work.quantization is not None:
+        keep_beside_entries_(model, work.method, work.options, work.quantization)
     if work.checkpointing:
         model.gradient_checkpointing_enable()
     return model

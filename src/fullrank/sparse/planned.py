@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fullrank.coded import dtype_beside, layer_with_codes
 from fullrank.ops.sparse import Layout
 from fullrank.sparse.seat import divide, layout_of
 from fullrank.sparse.settings import num_chosen, values_shape
@@ -18,7 +19,8 @@ from fullrank.sparse.settings import num_chosen, values_shape
 class PlannedValues:
     """The values of one weight that would train."""
 
-    weight: nn.Parameter
+    kept: torch.dtype
+    """Of the weight, decoded where it is kept as codes."""
     layout: Layout
     shape: tuple[int, ...]
     """Of the values."""
@@ -26,7 +28,7 @@ class PlannedValues:
     @property
     def dtype(self) -> torch.dtype:
         """Of the values: float32, or the weight's where that is more."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types(self.kept, torch.float32)
 
     @property
     def numel(self) -> int:
@@ -44,5 +46,6 @@ def planned_values(model: nn.Module, config: Any) -> tuple[list[PlannedValues], 
     planned = []
     for name, weight in targets.items():
         layout = layout_of(model, name, weight, config.granularity, config.block_size, config.scope)
-        planned.append(PlannedValues(weight, layout, values_shape(layout, num_chosen(config.density, layout))))
+        kept = weight.dtype if layer_with_codes(model, name) is None else dtype_beside(model)
+        planned.append(PlannedValues(kept, layout, values_shape(layout, num_chosen(config.density, layout))))
     return planned, list(dense.values())

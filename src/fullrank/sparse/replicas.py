@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fullrank import sharding
 from fullrank.errors import ConfigError, UnsupportedError
+from fullrank.sparse.coded import mark_of
 from fullrank.sparse.weight import SparseWeight
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -123,7 +124,8 @@ class Replicas:
         """Take over the first process's weights; check the choices, and make those that were given by hand."""
         group = self._wrapper.process_group
         first = sharding.first_process(group)
-        sharding.broadcast([part.weight.detach() for part in self.weights], first, group)
+        plain = [part for part in self.weights if part.leaf is part.weight]
+        sharding.broadcast([part.weight.detach() for part in plain], first, group)
         given = {part: part.given_units() for part in self.weights}
         sums = torch.stack([_checksum(part, given[part]) for part in self.weights])
         theirs = sums.clone()
@@ -133,8 +135,9 @@ class Replicas:
         if any(wrong):
             name = self.weights[wrong.index(1)].name
             raise ConfigError(
-                f"the chosen entries of {name} are not the same in all processes ({sum(wrong)} such weights). Assign "
-                "the same idx in each of them, or load the same optimizer state in each of them."
+                f"the chosen entries of {name} are not the same in all processes ({sum(wrong)} such weights), or its "
+                "codes, where it is kept as such. Assign the same idx in each of them, load the same optimizer state "
+                "in each of them, and make codes of the same weights."
             )
         for part, units in given.items():
             if units is not None:
@@ -201,7 +204,7 @@ class Replicas:
             return
         self._idle.discard(part)
         if grad is None:
-            grad = torch.zeros_like(part.weight)
+            grad = torch.zeros_like(part.leaf)
         sharding.mean_([grad], self._group)
         self._decide(part, grad)
 
@@ -300,11 +303,10 @@ def names_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _checksum(part: SparseWeight, given: Tensor | None) -> Tensor:
-    """Three numbers (int64) that tell one choice from another, and a choice from none."""
-    units = given if given is not None else part.index
-    device = part.weight.device
-    if units is None:
-        return torch.zeros(3, dtype=torch.int64, device=device)
-    numbers = units.to(device).flatten().long()
+    """Four numbers (int64) that tell one choice from another, a choice from none, and codes from others."""
+    units, device = given if given is not None else part.index, part.weight.device
+    numbers = torch.zeros(0, dtype=torch.int64) if units is None else units.flatten().long()
+    numbers = numbers.to(device)
     places = torch.arange(1, len(numbers) + 1, device=device)
-    return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum()])
+    mark = torch.tensor(mark_of(part), device=device)
+    return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum(), mark])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fullrank.errors import CheckpointError
 from fullrank.saved_state import GUEST
-from fullrank.sharding import local
+from fullrank.sharding import is_sharded, local, part_of
 
 if TYPE_CHECKING:
     from fullrank.sparse.weight import SparseWeight
@@ -44,7 +44,7 @@ def keep_place_in(part: SparseWeight, state: dict[str, Any]) -> None:
     part.kept = state[INDEX] = zeros(part.layout.index_dtype)
     state[VALUES], state[STEPS] = zeros(part.values_dtype), UNCHOSEN - part.steps
     if part.keep_base:
-        base = zeros(part.weight.dtype)
+        base = zeros(part.dtype)
         state[TOUCHED], state[BASE] = part.kept, base if part.split is not None else base.cpu()
 
 
@@ -117,3 +117,26 @@ def restore(part: SparseWeight, saved: dict[str, Any]) -> None:
     part.values.idx, part.values.train_num = part.index, part.index.numel()
     part.choosing, part.pending, part.num_pending = False, None, 0
     part.write_back()
+
+
+def difference(was: list[list[str]], now: list[list[str]]) -> str:
+    """What sets the sparse weights of a saved state and of a SIFT apart, by the first names."""
+    saved, here = ([name for group in groups for name in group] for groups in (was, now))
+    gone, new = ([name for name in a if name not in b] for a, b in ((saved, here), (here, saved)))
+    if gone or new:
+        sides = ((gone, "only there"), (new, "only here"))
+        return ", ".join(f"{names[0]} ({len(names)} in all) {side}" for names, side in sides if names)
+    moved = [f"{a} stands where this one has {b}" for a, b in zip(saved, here, strict=True) if a != b]
+    return moved[0] if moved else f"this SIFT is on {here[0]} ({len(here)} in all)"
+
+
+def own_part(state: dict[str, Any], parameter: Tensor | None) -> dict[str, Any]:
+    """A parameter's state whose tensors of its shape are spread as it is."""
+    if parameter is None or not is_sharded(parameter):
+        return state
+    return {
+        key: part_of(value, parameter)
+        if torch.is_tensor(value) and not is_sharded(value) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }

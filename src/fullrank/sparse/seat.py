@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fullrank.coded import is_encoded, is_quantized, layer_with_codes, shape_of
 from fullrank.errors import ConfigError, UnsupportedError
 from fullrank.ops.sliced import SlicedLinear
 from fullrank.ops.sparse import Layout
@@ -24,7 +25,7 @@ from fullrank.sparse.weight import SparseWeight
 SUFFIX = "_sparse"
 ANCHOR = "anchor" + SUFFIX
 
-Receiver = Callable[[SparseWeight, nn.Parameter], None]
+Receiver = Callable[[SparseWeight, Tensor], None]
 """Takes the gradient of a weight that has just been accumulated."""
 
 
@@ -37,7 +38,7 @@ class Seat:
         self.attribute = attribute
         self.is_sliced = False
         self.was_trainable = sparse.weight.requires_grad
-        sparse.weight.requires_grad_(True)
+        sparse.leaf.requires_grad_(True)
         module.register_parameter(attribute + SUFFIX, sparse.values)
         self._handles = [
             *_hide(module, attribute + SUFFIX),
@@ -47,13 +48,11 @@ class Seat:
 
     def listen(self, receiver: Receiver) -> None:
         """Hand every accumulated gradient of the weight to the receiver."""
-        hook = _weakly(receiver, self.sparse)
-        if not self.is_sliced:
-            self._listening = self.sparse.weight.register_post_accumulate_grad_hook(hook)
-        else:  # a frozen tensor takes no hook
-            self.sparse.weight.requires_grad_(True)
-            self._listening = self.sparse.weight.register_post_accumulate_grad_hook(hook)
-            self.sparse.weight.requires_grad_(False)
+        leaf = self.sparse.leaf
+        trains = leaf.requires_grad
+        leaf.requires_grad_(True)  # a frozen tensor takes no hook
+        self._listening: Any = leaf.register_post_accumulate_grad_hook(_weakly(receiver, self.sparse))
+        leaf.requires_grad_(trains)
 
     def slice(self) -> None:
         """From now on compute the weight gradient of the chosen rows or blocks alone.
@@ -77,8 +76,8 @@ class Seat:
             self.sparse.weight.requires_grad_(True)
             self.is_sliced = False
 
-    def leave(self) -> None:
-        """Take everything out of the module again; the weight keeps its trained entries."""
+    def leave(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+        """Take everything out of the module again, one of the model's; the weight keeps its trained entries."""
         self.unslice()
         for handle in (*self._handles, self._listening):
             handle.remove()
@@ -111,7 +110,7 @@ class Anchor:
 
     Args:
         module: That holds a sparse weight. The model's own would come first of all, where many look for a device.
-        like: The weight.
+        like: What the weight's gradient arrives at.
     """
 
     def __init__(self, module: nn.Module, like: Tensor) -> None:
@@ -135,14 +134,14 @@ def _hide(module: nn.Module, attribute: str) -> list[Any]:
     ]
 
 
-def _weakly(receiver: Receiver, sparse: SparseWeight) -> Callable[[nn.Parameter], None]:
+def _weakly(receiver: Receiver, sparse: SparseWeight) -> Callable[[Tensor], None]:
     """A hook that keeps nothing alive: autograd holds hooks where the garbage collector cannot see a cycle."""
     receive, held = weakref.WeakMethod(receiver), weakref.ref(sparse)
 
-    def hook(weight: nn.Parameter) -> None:
+    def hook(leaf: Tensor) -> None:
         alive, part = receive(), held()
         if alive is not None and part is not None:
-            alive(part, weight)
+            alive(part, leaf)
 
     return hook
 
@@ -152,12 +151,18 @@ def find_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
     Raises:
         ConfigError: If the place for its values is taken, as it is in a model that has a SIFT already.
+        UnsupportedError: If it is kept as codes and something else has replaced its layer's forward pass.
     """
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if hasattr(module, attribute + SUFFIX):
         raise ConfigError(
             f"{name}{SUFFIX} exists already: this model has a SIFT. Go on with that one, or call its detach() first."
+        )
+    if layer_with_codes(model, name) is not None and "forward" in vars(module):
+        raise UnsupportedError(
+            f"the forward pass of {name} was replaced already (by a device map or offloading?), and SIFT has to "
+            "replace it where a weight is kept as codes. Load the model onto one device."
         )
     return module, attribute
 
@@ -169,6 +174,11 @@ def divide(
     matched, rest = match_parameters(model, targets)
     dense = match_parameters(model, exceptions)[0] if exceptions else {}
     sparse_ones = {name: parameter for name, parameter in matched.items() if name not in dense}
+    if coded := [name for name, parameter in dense.items() if is_quantized(parameter)]:
+        raise ConfigError(
+            f"{coded[0]} is kept as codes, which cannot train densely ({len(coded)} of the exceptions are). Leave them "
+            "out of the exceptions, or their layers out of the codes."
+        )
     if not sparse_ones:
         raise ConfigError(
             f"every weight that {list(targets)} match is an exception ({list(exceptions)}). Narrow these."
@@ -182,16 +192,19 @@ def layout_of(
     """How a matched weight is divided into units; refuses one that cannot be trained so."""
     refuse_flattened(weight, name=name, user="SIFT")
     _refuse_spread(name, weight, scope)
-    if not weight.is_floating_point() or not weight.numel():
+    coded = layer_with_codes(model, name)
+    names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    if coded is not None:
+        _refuse_codes(name, coded, names)
+    elif not weight.is_floating_point() or not weight.numel():
         raise ConfigError(f"SIFT cannot train {name}: {weight.numel()} entries of {weight.dtype}. Leave it out.")
-    shape = tuple(weight.shape)
+    shape = tuple(weight.shape) if coded is None else shape_of(coded)
     if scope == "row":
         return Layout(shape, per_row=True)
-    if granularity == "entry" or weight.ndim < 2:
+    if granularity == "entry" or len(shape) < 2:
         return Layout(shape)
-    names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
     owner = model.get_submodule(name.rpartition(".")[0])
-    if type(owner) is not nn.Linear or len(names) > 1:
+    if (type(owner) is not nn.Linear and coded is None) or len(names) > 1:
         shared = f"shared by {' and '.join(names)}" if len(names) > 1 else f"in a {type(owner).__name__}"
         raise ConfigError(
             f"granularity {granularity} needs weights of nn.Linear that no other module shares; {name} is {shared}. "
@@ -205,6 +218,21 @@ def layout_of(
             "use granularity row."
         )
     return Layout(shape, "block", block_size)
+
+
+def _refuse_codes(name: str, layer: Any, names: Sequence[str]) -> None:
+    """Raise ConfigError for a weight of codes that cannot be trained beside."""
+    if not is_encoded(layer):
+        raise ConfigError(
+            f"{name} has no codes yet: bitsandbytes makes them when a layer comes to its device. Move the model there "
+            "before SIFT is made."
+        )
+    if len(names) > 1 or name.count(".") == 0:
+        where = f"in several places ({' and '.join(names)})" if len(names) > 1 else "the whole model"
+        raise ConfigError(
+            f"{name} is kept as codes and {where}; SIFT has to put another layer in its place at the end. Leave it out "
+            "of the targets, or keep it plain."
+        )
 
 
 def _refuse_spread(name: str, weight: nn.Parameter, scope: str) -> None:

@@ -51,6 +51,16 @@ def refuse_for_spread(settings: dict[str, Any]) -> None:
         )
 
 
+def refuse_for_codes(settings: dict[str, Any]) -> None:
+    """Raise UnsupportedError for settings that weights kept as codes cannot be trained with."""
+    if settings["reselect_every"] is not None:
+        raise UnsupportedError(
+            f"reselect_every {settings['reselect_every']} lets entries leave the choice with what they have learned, "
+            "and a weight that is kept as codes has no place for it. Set it to null, or keep the weights plain "
+            "(model.quantization null)."
+        )
+
+
 def num_chosen(density: float, layout: Layout) -> int:
     """How many units train, of each row under scope row: the share rounded down, plus one, as in the authors' code."""
     num_units = layout.columns if layout.per_row else layout.num_units

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fullrank.adapter import fingerprint
 from fullrank.errors import CheckpointError, UnsupportedError
-from fullrank.sharding import any_part, gradient_of, is_fully_sharded, is_sharded, local, num_processes, part_of
+from fullrank.sharding import any_part, gradient_of, is_fully_sharded, is_sharded, local, num_processes
+from fullrank.sparse.coded import is_coded, origins, seat_of
 from fullrank.sparse.observe import observe
 from fullrank.sparse.replicas import Replicas
-from fullrank.sparse.saved import check, keep_place_in, keep_with, refuse_foreign, restore
-from fullrank.sparse.seat import Anchor, Seat, find_module, require_inputs_grad
+from fullrank.sparse.saved import check, difference, keep_place_in, keep_with, own_part, refuse_foreign, restore
+from fullrank.sparse.seat import Anchor, find_module, require_inputs_grad
 from fullrank.sparse.weight import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,10 @@ class SparseTraining(ABC):
         self._trained = {p: p.requires_grad for p in (*dense.values(), *frozen.values())}
         for parameter in self._trained:
             parameter.requires_grad_(any(parameter is p for p in dense.values()))
-        self._seats = [Seat(part, *place, self._on_gradient) for part, place in zip(weights, places, strict=True)]
+        self._seats = [seat_of(part, *place, self._on_gradient) for part, place in zip(weights, places, strict=True)]
         whole = [part for part in weights if part.split is None]
         needs_anchor = whole and not dense and num_processes() > 1
-        self._anchor = Anchor(places[0][0], weights[0].weight) if needs_anchor else None
+        self._anchor = Anchor(places[0][0], weights[0].leaf) if needs_anchor else None
         anchor = None if self._anchor is None else self._anchor.parameter
         self._replicas = Replicas(model, whole, anchor, self._decide)
         self._handles = [
@@ -103,9 +104,9 @@ class SparseTraining(ABC):
 
     # A gradient: gathered and freed; while a choice is open, held until it is made.
 
-    def _on_gradient(self, part: SparseWeight, weight: nn.Parameter) -> None:
-        grad = gradient_of(weight) if weight.grad is not None else None
-        weight.grad = None
+    def _on_gradient(self, part: SparseWeight, leaf: Tensor) -> None:
+        grad = gradient_of(leaf) if leaf.grad is not None else None
+        leaf.grad = None
         if grad is None:
             raise UnsupportedError(
                 f"the gradient of {part.name} was not kept: a backward pass went through a graph from before its "
@@ -145,7 +146,9 @@ class SparseTraining(ABC):
 
     def _take_fingerprint(self) -> None:
         if not self.base:
-            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in self.dense})
+            coded = origins(self.model)
+            known = {*coded, *self.dense}
+            self.base = fingerprint({name: p for name, p in self.model_parameters() if name not in known}) | coded
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
@@ -156,10 +159,11 @@ class SparseTraining(ABC):
         for seat in self._seats:
             part = seat.sparse
             seat.refuse_cast()
-            if getattr(module, "_is_replica", False) and part.layout.granularity != "entry":
+            if getattr(module, "_is_replica", False) and (part.layout.granularity != "entry" or is_coded(part)):
+                what, rest = ("codes", "") if is_coded(part) else (f"{part.layout.granularity}s", ", or entries")
                 raise UnsupportedError(
-                    f"{part.layout.granularity}s cannot be sliced under nn.DataParallel, which the Trainer uses where "
-                    "it sees several GPUs. Set CUDA_VISIBLE_DEVICES to one, or use granularity entry."
+                    f"{what} do not train under nn.DataParallel, which the Trainer uses where it sees several GPUs. "
+                    f"Set CUDA_VISIBLE_DEVICES to one{rest}."
                 )
             if torch.is_grad_enabled():  # weights that an evaluation lends the model (EMA) are not taken over
                 part.catch_up()
@@ -223,7 +227,7 @@ class SparseTraining(ABC):
         if sizes[0] != sizes[1] or was != now:
             raise CheckpointError(
                 f"this state is for other weights or groups (of {sizes[0]} parameters, here {sizes[1]}): "
-                f"{_difference(was, now)}. Make SIFT with the targets and exceptions it was saved with, and "
+                f"{difference(was, now)}. Make SIFT with the targets and exceptions it was saved with, and "
                 "the groups in that order."
             )
         for saved_group, saved, part in self._pair(optimizer, state_dict):
@@ -244,7 +248,7 @@ class SparseTraining(ABC):
             return state_dict
         numbers = (number for group in state_dict.get("param_groups", ()) for number in group["params"])
         owners = dict(zip(numbers, parameters, strict=False))
-        return {**state_dict, "state": {n: _spread(s, owners.get(n)) for n, s in state_dict.get("state", {}).items()}}
+        return {**state_dict, "state": {n: own_part(s, owners.get(n)) for n, s in state_dict.get("state", {}).items()}}
 
     def loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Go on from a loaded state: its choice, its values bit for bit, its open choices."""
@@ -295,14 +299,18 @@ class SparseTraining(ABC):
                 "use_reentrant=True and its embeddings are frozen, pass gradient_checkpointing=True."
             )
 
-    def detach(self) -> None:
-        """Leave the model as a plain one, with its trained weights; this SIFT is then done: steps have no effect."""
+    def detach(self, device: torch.device | str | None = None) -> None:
+        """Leave the model as a plain one, with its trained weights; this SIFT is then done: steps have no effect.
+
+        Args:
+            device: Where layers come to lie whose weights were kept as codes; None: where these were.
+        """
         if self._seats:
             self._replicas.leave()
         if self._anchor is not None:
             self._anchor.leave()
         for seat in self._seats:
-            seat.leave()
+            seat.leave(self.model, device)
         for handle in self._handles:
             handle.remove()
         for parameter, trained in self._trained.items():
@@ -322,29 +330,6 @@ class SparseTraining(ABC):
         return twin
 
 
-def _difference(was: list[list[str]], now: list[list[str]]) -> str:
-    """What sets the sparse weights of a saved state and of a SIFT apart, by the first names."""
-    saved, here = ([name for group in groups for name in group] for groups in (was, now))
-    gone, new = ([name for name in a if name not in b] for a, b in ((saved, here), (here, saved)))
-    if gone or new:
-        sides = ((gone, "only there"), (new, "only here"))
-        return ", ".join(f"{names[0]} ({len(names)} in all) {side}" for names, side in sides if names)
-    moved = [f"{a} stands where this one has {b}" for a, b in zip(saved, here, strict=True) if a != b]
-    return moved[0] if moved else f"this SIFT is on {here[0]} ({len(here)} in all)"
-
-
 def _has_overflown(part: SparseWeight, grad: Tensor | None) -> bool:
     """Whether a gradient is not finite, in any process that holds a part of it."""
     return grad is not None and any_part(~local(grad).isfinite().all(), part.split)
-
-
-def _spread(state: dict[str, Any], parameter: Tensor | None) -> dict[str, Any]:
-    """A parameter's state whose tensors of its shape are spread as it is."""
-    if parameter is None or not is_sharded(parameter):
-        return state
-    return {
-        key: part_of(value, parameter)
-        if torch.is_tensor(value) and not is_sharded(value) and value.shape == parameter.shape
-        else value
-        for key, value in state.items()
-    }

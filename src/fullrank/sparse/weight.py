@@ -90,6 +90,20 @@ class SparseWeight:
         self.base: Tensor | None = None
         """What these were before they trained: on the host, or spread as the values are."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weight."""
+        return self.weight.dtype
+
+    @property
+    def leaf(self) -> Tensor:
+        """The tensor that the weight's gradient arrives at."""
+        return self.weight
+
+    def here(self) -> Tensor:
+        """What this process holds of the weight."""
+        return local(self.weight).detach()
+
     def receive(self, grad: Tensor) -> None:
         """Add the chosen part of a dense gradient (of what this process holds) to the values' gradient."""
         compact = self.as_values(sparse.take(grad.detach(), self._units(), self.own_layout).to(self.values.dtype))
@@ -150,7 +164,7 @@ class SparseWeight:
         old = None if self.index is None else self._units()
         self.num_units = new.shape[-1]
         numbers, size = sparse.flat_units(new, self.own_layout), self.layout.unit_numel
-        values = sparse.take(self._here(), numbers, self.own_layout).to(self.values_dtype)
+        values = sparse.take(self.here(), numbers, self.own_layout).to(self.values_dtype)
         if old is not None:
             stay = sparse.shared_units(old, numbers)
             values.view(-1, size)[stay[1]] = local(self.values).detach().view(-1, size)[stay[0]]
@@ -206,7 +220,7 @@ class SparseWeight:
         """Overwrite the chosen entries of the weight by the values."""
         self._written = local(self.values)._version
         if self.index is not None:
-            sparse.put_(self._here(), self._units(), local(self.values).detach().view(-1), self.own_layout)
+            sparse.put_(self.here(), self._units(), local(self.values).detach().view(-1), self.own_layout)
         self._seen = local(self.weight)._version
 
     @torch.no_grad()
@@ -215,7 +229,7 @@ class SparseWeight:
         self._seen = local(self.weight)._version
         if self.index is None:
             return
-        found = sparse.take(self._here(), self._units(), self.own_layout)
+        found = sparse.take(self.here(), self._units(), self.own_layout)
         kept = local(self.values).data.view(-1)
         same = found == kept.to(found.dtype)
         kept.copy_(torch.where(same, kept, found.to(kept.dtype)))
@@ -237,7 +251,7 @@ class SparseWeight:
             )
             return sparse.flat_units(whole(self.index), self.layout).cpu(), whole(change).view(-1).cpu()
         touched, size = self._touched_units(self.weight.device), self.layout.unit_numel
-        now = sparse.take(self._here(), touched, self.layout).to(self.values.dtype)
+        now = sparse.take(self.here(), touched, self.layout).to(self.values.dtype)
         stay = sparse.shared_units(self._units(), touched)
         now.view(-1, size)[stay[1]] = self.values.detach().view(-1, size)[stay[0]]
         return touched.cpu(), now.cpu() - self.base.view(-1).to(now.dtype)
@@ -262,7 +276,7 @@ class SparseWeight:
         if not self.keep_base:
             return
         if self.touched is None or self.base is None:
-            base = self.as_values(sparse.take(self._here(), numbers, self.own_layout))
+            base = self.as_values(sparse.take(self.here(), numbers, self.own_layout))
             self.touched, self.base = new, base if self.split is not None else base.cpu()
             return
         size, touched = self.layout.unit_numel, self._touched_units(numbers.device)
@@ -270,14 +284,10 @@ class SparseWeight:
         fresh = numbers[first_time]
         if not len(fresh):
             return
-        base = sparse.take(self._here(), fresh, self.layout).cpu()
+        base = sparse.take(self.here(), fresh, self.layout).cpu()
         together, order = torch.cat((touched, fresh)).sort()
         self.touched = together.cpu()
         self.base = torch.cat((self.base.view(-1), base)).view(-1, size)[order.cpu()].view(-1)
-
-    def _here(self) -> Tensor:
-        """What this process holds of the weight."""
-        return local(self.weight).detach()
 
     def _units(self) -> Tensor:
         """Sorted numbers of the chosen units of what this process holds."""
@@ -313,7 +323,7 @@ class SparseWeight:
     @property
     def values_dtype(self) -> torch.dtype:
         """float32, or float64 for float64 weights."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types(self.dtype, torch.float32)
 
     def _state(self) -> dict[str, Any]:
         optimizer = self.owner() if self.owner is not None else None

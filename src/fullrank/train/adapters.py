@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fullrank.adapter import fingerprint
+from fullrank.coded import plain_layer
 from fullrank.errors import ConfigError, first_line
 from fullrank.factors import AdapterRequest, LowRankPair, find_pairs, target_layers, train_scaling
-from fullrank.factors.quantize import Quantization, dequantize_, plain_layer
+from fullrank.factors.quantize import Quantization, dequantize_
 from fullrank.factors.quantized import QuantizedPair
 from fullrank.ops.seeded import seeded
 from fullrank.params import class_head, is_classifier
 from fullrank.sharding import is_sharded, process_number, whole
+from fullrank.train.coded import heads
 from fullrank.train.report import write_whole
 from fullrank.train.sharded import whole_weights
 from fullrank.weights import plain_names
@@ -143,13 +145,6 @@ class Adapters:
             plain = self.peft.get_base_model()
             dequantize_(plain, self.dtype)
             plain.to("cpu")
-
-
-def heads(model: PreTrainedModel) -> set[str]:
-    """The layers above a model's body, which stay plain: a language model's head, or one of classes and its pooler."""
-    names = {name.rpartition(".")[0] for name in class_head(model)}
-    output = model.get_output_embeddings()
-    return names | {name for name, module in model.named_modules() if module is output and output is not None}
 
 
 def add_factors(model: PreTrainedModel, request: AdapterRequest) -> PeftModel:

@@ -14,6 +14,7 @@ from fullrank.fused import FusedBackward
 from fullrank.methods import Built
 from fullrank.sharding import is_fully_sharded
 from fullrank.train import report
+from fullrank.train.coded import decode_
 from fullrank.train.config import RunConfig
 from fullrank.train.data.prepared import IGNORED, Data
 from fullrank.train.sharded import FSDP2, strategy_of
@@ -105,9 +106,11 @@ def save_trained(
     is_spread = strategy_of(config) == FSDP2  # then all processes gather, and the first one writes
     if config.model.pretrained and save_adapter is not None and (is_spread or trainer.is_world_process_zero()):
         sizes = sizes | {"adapter_bytes": save_adapter(folder / "adapter")}
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     if adapters is not None:
         adapters.remove()
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    elif config.model.quantization is not None:
+        decode_(model, built, config)
     vars(model).pop("save_pretrained")  # under transformers' own names again
     trainer.save_model(str(folder / "model"))
     return model, sizes

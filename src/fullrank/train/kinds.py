@@ -103,12 +103,17 @@ def quantization_problems(sections: Mapping[str, Mapping[str, Any]], method: str
         return []
     problems = []
     key, instead = f"model.quantization {kind}", "Set it to null"
-    if METHODS[method].adapters is None or ("lora_rank" in _fields(method) and not options.get("lora_rank")):
-        reason = {"sift": "its values are added to single entries of the weights"}.get(method, "it trains the weights")
+    trains_beside = METHODS[method].adapters is not None or METHODS[method].beside_codes is not None
+    if not trains_beside or ("lora_rank" in _fields(method) and not options.get("lora_rank")):
         projected = f", or {method} with method.lora_rank" if "lora_rank" in _fields(method) else ""
         problems.append(
-            f"{key} keeps the weights as codes, which a step cannot change, and method {method} cannot use it: {reason}"
-            f". Use lora or relora{projected}; or set it to null."
+            f"{key} keeps the weights as codes, which a step cannot change, and method {method} trains the weights. "
+            f"Use lora, relora or sift{projected}; or set it to null."
+        )
+    if options.get("reselect_every"):
+        problems.append(
+            f"{key} does not go with method.reselect_every {options['reselect_every']}: codes have no place for what "
+            "entries have learned that leave the choice. Set one of them to null."
         )
     if not model.get("pretrained", is_finetuning):
         problems.append(f"{key} is for trained weights, and model.pretrained is false. {instead}, or name a model.")

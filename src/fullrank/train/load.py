@@ -27,7 +27,7 @@ from fullrank.adapter import SparseAdapter, load_adapter
 from fullrank.errors import CheckpointError, ConfigError, first_line
 from fullrank.params import is_classifier
 from fullrank.train.model import missing_weights
-from fullrank.weights import holds_factors, read_weights, run_folder, weights_folder
+from fullrank.weights import holds_parts, read_weights, run_folder, weights_folder
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,10 @@ def model_place(name: str) -> str:
 
 
 def _plain(place: str) -> PreTrainedModel:
-    """A whole model; of a checkpoint with LoRA's factors, with them merged."""
+    """A whole model; of a checkpoint with LoRA's factors or codes, with them merged or decoded."""
     network = _network(place)
     kind = _class_named((network.architectures or [None])[0]) or _auto_class(network)
-    if Path(place).is_dir() and holds_factors(place):
+    if holds_parts(place):
         weights = read_weights(place)
         model: PreTrainedModel = kind._from_config(network)
         model.load_state_dict({key: weights.read(key) for key in weights.shapes}, strict=False)

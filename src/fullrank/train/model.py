@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from fullrank.errors import ConfigError, first_line
 from fullrank.train.config import ModelConfig
-from fullrank.weights import holds_factors, read_weights
+from fullrank.weights import holds_parts, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def _fresh(network: PreTrainedConfig, config: ModelConfig, *, seed: int) -> PreT
 def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
     """Load every weight of the model from its safetensors files, or refuse."""
     causal_lm: Any = AutoModelForCausalLM  # its methods carry no types
-    if holds_factors(config.name):
+    if holds_parts(config.name):
         return _folded(network, config)
     try:
         model, report = causal_lm.from_pretrained(
@@ -265,7 +265,7 @@ def _pretrained(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedMod
 
 
 def _folded(network: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
-    """The model of a run's checkpoint with LoRA's factors, each added to its weight."""
+    """The model of a run's checkpoint with LoRA's factors, each added to its weight, or with codes, decoded."""
     weights = read_weights(config.name)
     model = _fresh(network, config, seed=0)
     try:

@@ -21,6 +21,7 @@ from fullrank.sharding import disconnect, is_disconnection, process_number
 from fullrank.train import checkpoint, report
 from fullrank.train.callbacks import MethodSteps, Recorder
 from fullrank.train.classifier import build_classifier, refuse_frozen
+from fullrank.train.coded import keep_as_codes
 from fullrank.train.config import DataConfig, GlueConfig, InstructionsConfig, RunConfig
 from fullrank.train.data.glue import load_glue
 from fullrank.train.data.instructions import load_instructions
@@ -127,6 +128,8 @@ def _line(
         "optimizer_state_peak_bytes": method.state_bytes(model, config.method),
     }
     adapters = attach_adapters(model, method, config, args.device)
+    if config.model.quantization is not None and adapters is None:
+        keep_as_codes(model, method, config, args.device)
     if strategy_of(config) == FSDP2:
         spread_model(model, config, args.device)
     built = method.build(model, config.method)
