@@ -25,7 +25,7 @@ def weights_of(dtype: torch.dtype, shapes: list[tuple[int, ...]] | None = None) 
 
 
 def trained(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int = 30) -> list[Tensor]:
-    """Gradients of very different sizes by column, with a mean; a scalar among them; the last has none in every third step."""
+    """Gradients of very different sizes by column, with a mean; the last weight has none in every third step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for weight in weights:
