@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from fullrank.plan import Planner, Setting
 from fullrank.plan.advice import LARGEST_BATCH, Suggestion, _applied, _raised, _search, largest, suggestions
-from fullrank.plan.changes import divisors, smaller
+from fullrank.plan.changes import changes, divisors, smaller
+from fullrank.plan.network import make_network
 from fullrank.plan.options import Budget
 from fullrank.plan.spread import Spread
 from fullrank.plan.table import _said
+from fullrank.train.config import ModelConfig
 from tests.plan.real import network, setting
 
 
@@ -96,6 +100,25 @@ class Told(Planner):
 def test_what_only_a_dropped_change_needed_is_dropped_too() -> None:
     found = suggestions(Told(), setting("fira"), 60)
     assert [one.change.what for one in found] == ["fsdp2 over 8 GPUs"]
+
+
+def test_a_trained_base_may_be_kept_as_codes(planner: Planner, tmp_path: Path) -> None:
+    """Of fewer bits each time, where what trains stands beside the weights."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=64, **sizes).save_pretrained(tmp_path)
+    trained = make_network(ModelConfig(name=str(tmp_path), dtype="float32"), vocab_size=None, sequence_length=8)
+    for method in ("lora", "sift"):
+        now = setting(method, trained, length=8, batch_size=1)
+        peaks = [peak(planner, now)]
+        for bits in ("an 8-bit base", "a 4-bit base"):
+            (change,) = [one for one in changes(now) if one.what == bits]
+            now = change.apply(now)
+            peaks.append(peak(planner, now))
+        assert peaks == sorted(peaks, reverse=True)
+        assert not [one for one in changes(now) if "-bit base" in one.what]
+    fixed = ("fira", trained, {}), ("sift", trained, {"reselect_every": 2}), ("lora", network(), {})
+    for method, of, options in fixed:  # the last one has nothing trained in it
+        assert not [one for one in changes(setting(method, of, options=options)) if "-bit base" in one.what]
 
 
 def test_what_fits_needs_no_change(planner: Planner) -> None:

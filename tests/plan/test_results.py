@@ -26,6 +26,12 @@ def result(name: str = "memory") -> dict[str, Any]:
     return found
 
 
+def peak_cell(row: dict[str, Any]) -> str:
+    """A measured peak in MiB, and what the plan is off by; nothing has a sign that rounds to none."""
+    off = round(row["ratio"] - 1, 4)
+    return f"{row['measured']['peak'] / 2**20:.1f} ({f'{off:+.2%}' if off else '0.00%'})"
+
+
 def accuracy() -> list[str]:
     """A line for each size and method: states, and the measured peak of each variant with what the plan is off by."""
     rows = result()["rows"]
@@ -33,10 +39,7 @@ def accuracy() -> list[str]:
     for size, method in dict.fromkeys((row["size"], row["method"]) for row in rows):
         own = {row["variant"]: row for row in rows if (row["size"], row["method"]) == (size, method)}
         states = own["plain"]["measured"]["states"] / 2**20
-        cells = [
-            f"{own[name]['measured']['peak'] / 2**20:.1f} ({own[name]['ratio'] - 1:+.2%})" if name in own else "-"
-            for name in VARIANTS
-        ]
+        cells = [peak_cell(own[name]) if name in own else "-" for name in VARIANTS]
         lines.append(f"| {size} | `{method}` | {states:.1f} | {' | '.join(cells)} |")
     return lines
 
@@ -47,7 +50,7 @@ def bases() -> list[str]:
     lines = []
     for size, kind in dict.fromkeys((row["size"], row["quantization"]) for row in rows):
         own = [row for row in rows if (row["size"], row["quantization"]) == (size, kind)]
-        cells = [f"{row['measured']['peak'] / 2**20:.1f} ({row['ratio'] - 1:+.2%})" for row in own]
+        cells = [peak_cell(row) for row in own]
         name = "null" if kind is None else f"`{kind}`"
         lines.append(f"| {size} | {name} | {own[0]['measured']['weights'] / 2**20:.1f} | {' | '.join(cells)} |")
     return lines

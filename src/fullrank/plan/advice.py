@@ -225,8 +225,9 @@ def variants(planner: Planner, setting: Setting) -> dict[str, Usage]:
         toggled["with both"] = replace(setting, work=replace(work, fused_backward=True, checkpointing=True))
     if "8bit" in choices(work.options, "state_dtype"):
         toggled["with 8-bit states"] = setting.using(state_dtype="8bit")
-    if work.trains_factors and not work.options.warm_start_steps:
+    if work.takes_codes:
         toggled["with an 8-bit base"] = replace(setting, work=replace(work, quantization="int8"))
+        toggled["with a 4-bit base"] = replace(setting, work=replace(work, quantization="nf4-double"))
     found = {}
     for name, changed in toggled.items():
         try:

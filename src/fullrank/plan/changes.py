@@ -102,15 +102,23 @@ def _of_states(setting: Setting) -> Iterator[Change]:
             2,
             lambda one: one.using(state_dtype="8bit"),
         )
-    is_fresh = setting.network.model.name in PAPER_SIZES  # with nothing trained in it
-    if work.quantization is None and work.trains_factors and not options.warm_start_steps and not is_fresh:
-        yield Change(
-            "an 8-bit base",
-            "--model.pretrained true --model.quantization int8",
-            "quality: frozen weights are rounded",
-            2,
-            lambda one: replace(one, work=replace(one.work, quantization="int8")),
-        )
+    if work.quantization is None and _takes_codes(setting):
+        yield _base_of_codes("an 8-bit base", "int8", 2)
+
+
+def _takes_codes(setting: Setting) -> bool:
+    """Whether the base may be kept as codes: a trained one, which those of the papers' names alone are not."""
+    return setting.work.takes_codes and setting.network.model.name not in PAPER_SIZES
+
+
+def _base_of_codes(what: str, kind: str, harm: int) -> Change:
+    return Change(
+        what,
+        f"--model.pretrained true --model.quantization {kind}",
+        "quality: frozen weights are rounded",
+        harm,
+        lambda one: replace(one, work=replace(one.work, quantization=kind)),
+    )
 
 
 def _of_quality(setting: Setting) -> Iterator[Change]:
@@ -125,6 +133,8 @@ def _of_quality(setting: Setting) -> Iterator[Change]:
             3,
             lambda one: replace(one, network=network, work=replace(one.work, autocast=False)),
         )
+    if setting.work.quantization in (None, "int8") and _takes_codes(setting):
+        yield _base_of_codes("a 4-bit base", "nf4-double", 3)
     rank = getattr(options, "rank", None)
     if isinstance(rank, int) and rank >= 2 * LEAST_RANK:
         yield smaller("rank", rank // 2)

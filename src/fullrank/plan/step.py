@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fullrank.factors import FactorConfig
 from fullrank.fused import FusedBackward
 from fullrank.methods import METHODS, Built
 from fullrank.optimizer import MethodOptimizer
@@ -61,9 +60,13 @@ class Work:
         return hasattr(self.options, "density")
 
     @property
-    def trains_factors(self) -> bool:
-        """Whether LoRA's factors train beside frozen weights."""
-        return isinstance(self.options, FactorConfig)
+    def takes_codes(self) -> bool:
+        """Whether its base may be kept as codes: what trains stands beside the weights from the start to the end."""
+        method, options = METHODS[self.method], self.options
+        if getattr(options, "warm_start_steps", 0) or getattr(options, "reselect_every", None):
+            return False
+        factors = None if method.adapters is None else method.adapters(options)
+        return factors is not None or method.beside_codes is not None
 
     @property
     def key(self) -> str:
