@@ -348,3 +348,96 @@ def test_layers_that_cannot_be_replaced_are_refused() -> None:
     shared.again = shared.up
     with pytest.raises(ConfigError, match=r"up\.weight is kept as codes and in several places"):
         SIFT(shared, RATE, ["up.weight"])
+
+
+# What a plain weight would hold is here in the values alone.
+
+
+def trained() -> tuple[Net, SIFT]:
+    model, _ = pair("nf4")
+    sift = sift_on(model)
+    train(model, adamw(sift))
+    return model, sift
+
+
+def test_an_optimizer_state_of_before_any_step_takes_nothing_away() -> None:
+    """That of an optimizer for a second phase: moments start anew, what was learned stays."""
+    model, sift = trained()
+    wanted, second = model(batch(9)), adamw(sift)
+    twin, _ = pair("nf4")
+    twin_sift = sift_on(twin)
+    twin_second = adamw(twin_sift)
+    twin.load_state_dict(model.state_dict())
+    for optimizer, of in ((twin_second, twin), (second, model)):
+        optimizer.load_state_dict(copy.deepcopy(second.state_dict()))
+        assert torch.equal(of(batch(9)), wanted)
+    losses = [train(of, optimizer) for of, optimizer in ((twin, twin_second), (model, second))]
+    assert losses[0] == losses[1]
+
+
+def test_a_state_without_entries_is_not_all() -> None:
+    """Codes of before the choice, under values that were trained, would be neither."""
+    before = pair("nf4")[0]
+    bare = copy.deepcopy(before.state_dict())
+    model, _ = trained()
+    with pytest.raises(RuntimeError, match=r"up\.sparse_layout"):
+        model.load_state_dict(bare)
+    sift = sift_on(before)
+    assert before.load_state_dict(bare).missing_keys == []  # nothing is chosen yet
+    unchosen = copy.deepcopy(before.state_dict())
+    train(before, adamw(sift))
+    before.load_state_dict(unchosen)
+    torch.testing.assert_close(before(batch(9)), pair("nf4")[0](batch(9)))
+
+
+def test_parts_of_one_state_are_not_taken_for_those_of_another() -> None:
+    model, _ = trained()
+    fresh, _ = pair("nf4")
+    sift_on(fresh)
+    wanted = copy.deepcopy(fresh.state_dict())
+    halves = {name: tensor for name, tensor in model.state_dict().items() if "layout" not in name}
+    fresh.load_state_dict(halves, strict=False)  # one file of two, and the other never comes
+    fresh.load_state_dict(wanted)
+    torch.testing.assert_close(fresh(batch(9)), pair("nf4")[0](batch(9)))
+
+
+@pytest.mark.parametrize("granularity", ["entry", "row"])
+def test_a_graph_of_before_a_step_is_refused(granularity: str) -> None:
+    """Also where a fused kernel has made the step."""
+    model, _ = pair("int8")
+    sift = sift_on(model, granularity=granularity)
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=0.01, fused=True)
+    train(model, optimizer)
+    late = model.up(batch(1)).sum()
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_two_passes_before_the_choice_under_checkpointing() -> None:
+    """The second is computed again when there are entries already."""
+    found = []
+    for model in pair("nf4", reentrant=False):
+        sift = sift_on(model)
+        losses = [model(batch(number)).square().mean() for number in range(2)]
+        for loss in losses:
+            loss.backward()
+        found.append(sift)
+    for name, values in found[1].sparse_mapping.items():
+        assert values.grad is not None
+        torch.testing.assert_close(found[0].sparse_mapping[name].grad, values.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_cast_model_stays_one(is_late: bool) -> None:
+    """Before the choice it trains on; after it ``detach`` leaves a model of the new type."""
+    model, _ = pair("nf4")
+    sift = sift_on(model)
+    if not is_late:
+        model.to(torch.bfloat16)
+    train(model, adamw(sift), dtype=torch.float32 if is_late else torch.bfloat16)
+    model.to(torch.bfloat16)
+    sift.detach()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(batch(0, torch.bfloat16)).isfinite().all()

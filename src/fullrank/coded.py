@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.ops.codes import ROW_FORMAT, ROW_SCALES, WEIGHT, decode_flat
+from fullrank.errors import CheckpointError
+from fullrank.ops.codes import ROW_FORMAT, ROW_SCALES, WEIGHT, decode_flat, decoded_shape
 
 KINDS = ("Params4bit", "Int8Params")
 ORIGIN = "_fullrank_origin"
 """Attribute of such a layer: the fingerprint of its weight before it was rounded to codes, where that is known."""
 DECODER = "_fullrank_decoder"
 """Attribute of a layer that stands for one with codes in a plan: makes what these decode to, in the given type."""
+WAITING = "_fullrank_waiting"
+"""Attribute of a layer that takes states whole: parts that came without the others, as from one of several files."""
 STEP = 7.874015718698502e-3
 """What bitsandbytes takes for 1 / 127."""
 
@@ -102,6 +105,18 @@ def keep_int8_(layer: Any, codes: Tensor, scales: Tensor) -> None:
     holder.CB, holder.SCB = codes, scales
 
 
+def accept_states(model: nn.Module) -> None:
+    """Let every layer with codes take them out of a state dict together with what decodes them, and never without.
+
+    bitsandbytes' own layers refuse what decodes 4-bit codes, and take plain weights for 8-bit ones. The parts may come
+    one after the other, from several state dicts (``strict=False``); one that brings a part again starts anew.
+    """
+    for layer in layers_with_codes(model).values():
+        if not hasattr(layer, DECODER) and not hasattr(layer, WAITING):
+            setattr(layer, WAITING, {})
+            layer.register_load_state_dict_pre_hook(_load_codes)
+
+
 def plain_layer(
     layer: Any, weight: Tensor, dtype: torch.dtype, *, device: torch.device | str | None = "cpu"
 ) -> nn.Linear:
@@ -123,6 +138,52 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of the one of this name."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, layer)
+
+
+def _load_codes(
+    layer: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: Any,
+    error_msgs: Any,
+) -> None:
+    """Put codes that are in a state dict into their layer, if all that decodes them is there or was before."""
+    if not is_encoded(layer):  # bitsandbytes makes codes of plain weights when such a layer is moved
+        return
+    waiting: dict[str, Tensor] = getattr(layer, WAITING)
+    own = codes_of(layer).keys() - {ROW_FORMAT}  # there is one format, and bitsandbytes takes its number out first
+    given = {name: state_dict.pop(prefix + name) for name in sorted(own) if prefix + name in state_dict}
+    if not given:
+        return
+    if WEIGHT in given:
+        state_dict[prefix + WEIGHT] = layer.weight  # for torch, which would miss it, to copy onto itself
+        codes = given[WEIGHT]
+        if (codes.dtype, codes.shape) != (layer.weight.dtype, layer.weight.shape):
+            waiting.clear()
+            raise _no_codes(layer, prefix, codes.dtype, codes.shape)
+    missing_keys.extend(prefix + name for name in sorted(own - given.keys() - {WEIGHT}))  # torch says so of the weight
+    if given.keys() & waiting.keys():
+        waiting.clear()
+    waiting |= given
+    if waiting.keys() == own:
+        parts = dict(waiting)
+        waiting.clear()
+        if (shape := decoded_shape(parts, tuple(parts[WEIGHT].shape))) != shape_of(layer):
+            raise _no_codes(layer, prefix, parts[WEIGHT].dtype, shape)
+        keep_codes_(layer, parts)
+
+
+def _no_codes(layer: Any, prefix: str, dtype: torch.dtype, shape: tuple[int, ...]) -> CheckpointError:
+    own, found = layer.weight, str(dtype).removeprefix("torch.")
+    return CheckpointError(
+        f"{prefix}{WEIGHT} is kept as codes ({str(own.dtype).removeprefix('torch.')} of {tuple(own.shape)}, for "
+        f"{' x '.join(map(str, shape_of(layer)))} entries), and this state has {found} of {tuple(shape)} for it. Load "
+        "plain weights into the plain model, before its layers are made codes or after dequantize_; load codes where "
+        "the layers are of the same size and kind."
+    )
 
 
 def _has_codes(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from fullrank import SIFT, ConfigError, UnsupportedError
+from fullrank.factors.quantize import Quantization
 from tests.distributed import branches
 from tests.distributed.branches import STEPS, Branches, Plan, Run
 from tests.distributed.case import Case, Place, each, named
@@ -388,6 +389,16 @@ def refusals(place: Place) -> dict[str, Any]:
     run = branches.start(Plan(codes="int8"), seed=place.rank, wrap=DistributedDataParallel)
     found["other codes"] = message(ConfigError, lambda: forward(run.model))
 
+    layers = []
+    for seed in (0, place.rank):
+        torch.manual_seed(seed)
+        layers.append(nn.Linear(8, 8))
+    frozen = nn.Sequential(*layers)
+    Quantization("int8", torch.device("cpu")).apply_(frozen)
+    SIFT(frozen, 0.2, ["0.weight"])
+    wrapper_of_frozen = DistributedDataParallel(frozen)
+    found["other codes that do not train"] = message(ConfigError, lambda: wrapper_of_frozen(torch.ones(2, 8)))
+
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -412,6 +423,7 @@ TOLD = {
     "other units": "chosen entries of side.weight are not the same in all processes",
     "units in one": "chosen entries of side.weight are not the same in all processes",
     "other codes": "or its codes, where it is kept as such",
+    "other codes that do not train": "entries of 1.weight are not the same",
     "strange output": "Wrapped returned no tensor",
 }
 

@@ -9,21 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fullrank.adapter import fingerprint
-from fullrank.coded import ORIGIN, codes_of, keep_codes_, layers_with_codes, plain_layer, read_codes, replace_layer
+from fullrank.coded import (
+    ORIGIN,
+    accept_states,
+    codes_of,
+    layers_with_codes,
+    plain_layer,
+    read_codes,
+    replace_layer,
+)
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.ops.codes import ROW_FORMAT
 from fullrank.sharding import own_bytes
 
 Kind = Literal["int8", "nf4", "nf4-double"]
 PEFT_MARKS = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit", "nf4-double": "is_loaded_in_4bit"}
 """Attribute of a model by which PEFT knows to put its own kind of layer on codes."""
+
+MODEL_MARKS = ("hf_quantizer", "quantization_method", *sorted(set(PEFT_MARKS.values())))
+CONFIG_MARKS = ("quantization_config", "_is_quantized")
+"""What transformers and PEFT know a model of codes by: attributes of the model, and of its configuration."""
 
 BLOCK = 64
 """Entries that share a scale in 4-bit weights."""
@@ -77,7 +87,7 @@ class Quantization:
 
     def unmark_(self, model: nn.Module) -> None:
         """Take back PEFT's mark: a Trainer that sees it would not move the rest of the model."""
-        delattr(model, PEFT_MARKS[self.kind])
+        vars(model).pop(PEFT_MARKS[self.kind], None)  # dequantize_ has done so too
 
     def _coded(self, plain: Any) -> nn.Module:
         """A layer with the codes of another one's weight."""
@@ -102,36 +112,30 @@ class Quantization:
         layer.to(self.device)
         layer.bias = plain.bias
         setattr(layer, ORIGIN, fingerprint({"weight": plain.weight.detach()}).get("weight"))
-        layer.register_load_state_dict_pre_hook(partial(_load_codes, {}))
+        accept_states(layer)
         layer.train(plain.training)
         return layer  # type: ignore[no-any-return]
 
 
-def _load_codes(
-    waiting: dict[str, Tensor],
-    layer: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: Any,
-    unexpected_keys: Any,
-    error_msgs: list[str],
-) -> None:
-    """Take codes and what decodes them out of a state dict; of several files, once all are there."""
-    own = codes_of(layer).keys() - {ROW_FORMAT}  # there is one format, and bitsandbytes takes its number out first
-    for name in own:
-        if prefix + name in state_dict:  # the codes stay in it for torch, which would miss them
-            waiting[name] = state_dict[prefix + name] if name == "weight" else state_dict.pop(prefix + name)
-    if waiting.keys() == own:
-        keep_codes_(layer, waiting)
-        waiting.clear()
-
-
 def dequantize_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn every layer with codes into a plain linear one on the host, with what its codes stand for."""
+    """Turn every layer with codes into a plain linear one on the host, with what its codes stand for.
+
+    Nothing says of the model then that it is quantized, which transformers would write into its ``config.json``.
+    """
     for name, layer in layers_with_codes(model).items():
         replace_layer(model, name.removesuffix(".weight"), plain_layer(layer, read_codes(layer), dtype))
+    for module in model.modules():
+        _unmark(module)
+
+
+def _unmark(module: nn.Module) -> None:
+    config = getattr(module, "config", None)
+    about = getattr(config, "quantization_config", None)
+    method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", "bitsandbytes")
+    if method == "bitsandbytes":  # of others there may be layers left, which are not ours to judge
+        for holder, marks in ((module, MODEL_MARKS), (config, CONFIG_MARKS)):
+            for mark in marks:
+                getattr(holder, "__dict__", {}).pop(mark, None)
 
 
 def plain_linears(model: nn.Module, keep: Collection[str] = ()) -> dict[str, nn.Linear]:

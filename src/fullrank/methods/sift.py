@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fullrank.adamw import AdamWConfig, config_problems, make_adamw, state_bytes_of
 from fullrank.adapter import Change, save_adapter
-from fullrank.coded import num_entries
+from fullrank.coded import accept_states, num_entries
 from fullrank.errors import ConfigError
 from fullrank.methods.base import Built, Method
 from fullrank.ops import sparse
@@ -126,6 +126,7 @@ class SIFT(SparseTraining):
             refuse_for_spread(settings)
         if any(is_coded(part) for part in weights):
             refuse_for_codes(settings)
+            accept_states(model)
         super().__init__(
             model,
             weights,

@@ -48,7 +48,9 @@ class CodedLinear(torch.autograd.Function):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        ctx.save_for_backward(x, values, kept)
+        ctx.save_for_backward(x)
+        # Not saved by autograd: a checkpointed pass may be computed again after the choice, with entries at last.
+        ctx.entries, ctx.version = (values, kept), None if values is None else values._version
         ctx.read, ctx.layout = read, layout
         return F.linear(x, _weight(x.dtype, values, kept, read, layout), None if bias is None else bias.to(x.dtype))
 
@@ -56,7 +58,13 @@ class CodedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the weight, of bias and values; autograd casts them to what these are."""
-        x, values, kept = ctx.saved_tensors
+        (x,), (values, kept) = ctx.saved_tensors, ctx.entries
+        if values is not None and values._version != ctx.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"values of trained entries, at version {values._version}; expected version {ctx.version} instead. "
+                "Take the backward pass before the optimizer's step."
+            )
         wants_x, wants_weight, wants_bias, wants_values, *_ = ctx.needs_input_grad
         flat_grad = grad.reshape(-1, grad.shape[-1])
         grad_x = grad @ _weight(grad.dtype, values, kept, ctx.read, ctx.layout) if wants_x else None

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fullrank.adapter import fingerprint
 from fullrank.coded import (
     ORIGIN,
     dtype_beside,
+    is_quantized,
     layer_with_codes,
     layers_with_codes,
     plain_layer,
@@ -28,10 +30,10 @@ from fullrank.coded import (
 from fullrank.errors import CheckpointError
 from fullrank.ops import sparse
 from fullrank.ops.coded_linear import CodedLinear
-from fullrank.ops.codes import ENTRY_PARTS, has_all_entries, pack_entries, unpack_entries
+from fullrank.ops.codes import ENTRY_LAYOUT, ENTRY_PARTS, has_all_entries, pack_entries, unpack_entries
 from fullrank.ops.sparse import Layout
 from fullrank.sparse.seat import Receiver, Seat
-from fullrank.sparse.weight import SparseWeight
+from fullrank.sparse.weight import SparseWeight, is_values
 
 
 class CodedWeight(SparseWeight):
@@ -99,7 +101,8 @@ class CodedWeight(SparseWeight):
         """Nothing: the next product takes the values as they are."""
 
     def write_back(self) -> None:
-        """Nothing, for the same reason."""
+        """Nothing, for the same reason; products of before a step refuse their backward pass after it."""
+        increment_version(self.values)  # fused kernels do not
 
     def read_again(self) -> None:
         """Nothing: codes that were loaded say nothing of the values; ``take_over`` is told those."""
@@ -164,17 +167,33 @@ class CodedSeat(Seat):
         self.is_sliced = is_sliced
 
     def leave(self, model: nn.Module, device: torch.device | str | None = None) -> None:
-        """Put a plain linear layer in the place of this one, with what it computed with."""
+        """Put a plain linear layer in the place of this one, with what it computed with, in the type of the model."""
+        dtypes = (
+            p.dtype for p in model.parameters() if p.is_floating_point() and not (is_quantized(p) or is_values(p))
+        )
+        dtype = next(dtypes, self.sparse.dtype)  # the model may have been cast
         super().leave(model)
         del self.module.forward
-        weight = self.sparse.whole_weight()
-        plain = plain_layer(self.module, weight, self.sparse.dtype, device=device)
+        plain = plain_layer(self.module, self.sparse.whole_weight(), dtype, device=device)
         replace_layer(model, self.sparse.name.rpartition(".")[0], plain)
 
-    def _take_entries(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ENTRY_PARTS:
-            if prefix + name in state_dict:
-                self._waiting[name] = state_dict.pop(prefix + name)
+    def _take_entries(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        """Take entries out of a state dict; of several files, once all are there."""
+        found = {name: state_dict.pop(prefix + name) for name in ENTRY_PARTS if prefix + name in state_dict}
+        if not found and self.sparse.index is not None and f"{prefix}weight" in state_dict:
+            missing_keys.append(prefix + ENTRY_LAYOUT)  # codes of another place, under the values of this one
+        self._waiting |= found
+        if ENTRY_LAYOUT in found and not found[ENTRY_LAYOUT][0]:
+            self._waiting = found  # nothing was chosen: whatever waits is of another state
         if has_all_entries(self._waiting):
             entries, self._waiting = self._waiting, {}
             self.sparse.take_over(entries)
@@ -195,9 +214,10 @@ def seat_of(part: SparseWeight, module: nn.Module, attribute: str, receiver: Rec
     return (CodedSeat if isinstance(part, CodedWeight) else Seat)(part, module, attribute, receiver)  # type: ignore[arg-type]
 
 
-def mark_of(part: SparseWeight) -> int:
-    """A number that tells the codes of a weight, with what decodes them, from others; 0 for one that is none."""
-    return int(fingerprint({"": part.here()})[""][:15], 16) if is_coded(part) else 0
+def marks_of(model: nn.Module) -> dict[str, int]:
+    """A number for each weight that is kept as codes, which tells these, with what decodes them, from others."""
+    layers = layers_with_codes(model)
+    return {name: int(fingerprint({"": read_codes(layer)})[""][:15], 16) for name, layer in layers.items()}
 
 
 def is_coded(part: SparseWeight) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fullrank import sharding
 from fullrank.errors import ConfigError, UnsupportedError
-from fullrank.sparse.coded import mark_of
+from fullrank.sparse.coded import marks_of
 from fullrank.sparse.weight import SparseWeight
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -127,13 +127,18 @@ class Replicas:
         plain = [part for part in self.weights if part.leaf is part.weight]
         sharding.broadcast([part.weight.detach() for part in plain], first, group)
         given = {part: part.given_units() for part in self.weights}
-        sums = torch.stack([_checksum(part, given[part]) for part in self.weights])
+        marks = marks_of(self.model)
+        beside = [name for name in marks if all(name != part.name for part in self.weights)]
+        sums = torch.stack(
+            [_checksum(part, given[part], marks.get(part.name, 0)) for part in self.weights]
+            + [torch.tensor([0, 0, 0, marks[name]], device=self.weights[0].weight.device) for name in beside]
+        )
         theirs = sums.clone()
         sharding.broadcast([theirs], first, group)
         differs = (sums != theirs).any(1).to(torch.int32)
         wrong = sharding.all_reduce([differs], group, "max")[0].tolist()
         if any(wrong):
-            name = self.weights[wrong.index(1)].name
+            name = [*(part.name for part in self.weights), *beside][wrong.index(1)]
             raise ConfigError(
                 f"the chosen entries of {name} are not the same in all processes ({sum(wrong)} such weights), or its "
                 "codes, where it is kept as such. Assign the same idx in each of them, load the same optimizer state "
@@ -302,11 +307,11 @@ def names_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[str]:
     return names + [f".{name}" for name in names if "." not in name]
 
 
-def _checksum(part: SparseWeight, given: Tensor | None) -> Tensor:
+def _checksum(part: SparseWeight, given: Tensor | None, mark: int) -> Tensor:
     """Four numbers (int64) that tell one choice from another, a choice from none, and codes from others."""
     units, device = given if given is not None else part.index, part.weight.device
     numbers = torch.zeros(0, dtype=torch.int64) if units is None else units.flatten().long()
     numbers = numbers.to(device)
     places = torch.arange(1, len(numbers) + 1, device=device)
-    mark = torch.tensor(mark_of(part), device=device)
-    return torch.stack([places[-1:].sum(), numbers.sum(), (numbers * places).sum(), mark])
+    sums = [places[-1:].sum(), numbers.sum(), (numbers * places).sum()]
+    return torch.stack([*sums, torch.tensor(mark, device=device)])

@@ -256,6 +256,9 @@ class SparseTraining(ABC):
             part.owner = weakref.ref(optimizer)
             was = saved_group.get(GROUP) or {}
             self.base = dict(json.loads(was.get("base") or "{}"))
+            if is_coded(part) and part.index is not None and not saved:
+                part.let_go()
+                continue  # what was learned is in the values alone: they stay, and train on
             if part.index is not None or part.pending is not None:
                 part.reset()
             self._reopen(part)
