@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from fullrank import SIFT, CheckpointError
+from fullrank import SIFT, CheckpointError, ConfigError
 from fullrank.coded import accept_states, layers_with_codes, read_codes
 from fullrank.factors.quantize import Quantization, dequantize_
+from fullrank.train.export import export
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*_check_is_size")
@@ -169,3 +170,14 @@ def test_a_decoded_model_of_transformers_is_a_plain_one(options: dict[str, Any],
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
     model.to(torch.float64)  # transformers forbids it of a quantized one
+
+
+def test_an_adapter_on_a_checkpoint_of_codes_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = loaded(folder, LOADED["nf4"])
+    sift = train(model)
+    sift.save_adapter(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "fullrank.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"checkpoint.* keeps its weights in parts.*without an adapter"):
+        export(str(tmp_path / "checkpoint"), str(tmp_path / "out"), adapter=str(tmp_path / "adapter"))
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from fullrank.errors import ConfigError
 from fullrank.plan import Planner, Setting
 from fullrank.plan.advice import LARGEST_BATCH, Suggestion, _applied, _raised, _search, largest, suggestions
 from fullrank.plan.changes import changes, divisors, smaller
@@ -62,9 +63,10 @@ def test_suggestions_do_what_they_promise(planner: Planner, method: str, work: d
 def test_a_rank_that_is_made_smaller_stays_as_large_as_it_can(planner: Planner) -> None:
     """Halving alone would come to less."""
     asked = setting("galore", network(2), batch_size=1, length=8).using(rank=48)
-    eight = replace(smaller("rank", 24), number=None, what="8-bit", apply=lambda one: one.using(state_dtype="8bit"))
+    half = smaller("rank", 24, asked)
+    eight = replace(half, number=None, what="8-bit", apply=lambda one: one.using(state_dtype="8bit"))
     usable = peak(planner, asked.using(rank=29, state_dtype="8bit"))
-    kept, raised = _raised(planner, asked, [eight, smaller("rank", 24)], usable)
+    kept, raised = _raised(planner, asked, [eight, half], usable)
     value = _applied(asked, [kept, raised]).work.options.rank
     assert kept is eight
     assert raised.is_largest
@@ -83,10 +85,27 @@ def test_a_smaller_batch_divides_the_one_that_was_asked_for() -> None:
 
 def test_a_batch_is_made_no_smaller_than_it_has_to_be(planner: Planner) -> None:
     asked = setting("full", network(2), batch_size=12, length=64)
-    within = smaller("batch", 4).apply(asked)
-    found = _raised(planner, asked, [smaller("batch", 1)], peak(planner, within))
+    within = smaller("batch", 4, asked).apply(asked)
+    found = _raised(planner, asked, [smaller("batch", 1, asked)], peak(planner, within))
     assert [one.what for one in found] == ["batches of 4, accumulated"]
     assert _applied(asked, found) == within
+
+
+def test_what_makes_a_step_stays_and_comes_out_even() -> None:
+    asked = setting("full", network(2), batch_size=6)
+    given = replace(asked, total=12)
+    half = smaller("batch", 3, asked)
+    assert half.how == "--trainer.per_device_train_batch_size 3 --trainer.gradient_accumulation_steps 2"
+    assert smaller("batch", 1, half.apply(asked)).how.endswith("_batch_size 1 --trainer.gradient_accumulation_steps 6")
+    assert smaller("batch", 3, given).how == "--trainer.per_device_train_batch_size 3"
+    over = {name: [one for one in changes(of) if "fsdp2" in one.what] for name, of in (("any", asked), ("12", given))}
+    assert over["any"]
+    assert not over["12"]  # 8 x 6 are more
+    with pytest.raises(ConfigError, match="12 sequences of a step cannot be divided by 8 processes with 6"):
+        Planner().usage(replace(given, spread=Spread(8, "fsdp2")))
+    eight = replace(smaller("batch", 1, given).apply(given), total=8)
+    (spread_over,) = [one for one in changes(eight) if "fsdp2" in one.what]
+    assert not spread_over.apply(eight).work.accumulates
 
 
 class Told(Planner):

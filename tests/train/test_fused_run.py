@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -17,6 +18,7 @@ from fullrank import ConfigError, FiraAdamW, FusedBackward, UnsupportedError, di
 from fullrank.errors import TrainingError
 from fullrank.fused import fused_on
 from fullrank.train import run
+from fullrank.train.checkpoint import config_differences
 from fullrank.train.fused import FusedSteps
 from fullrank.train.report import read_metrics
 from fullrank.train.resolve import resolve
@@ -73,6 +75,17 @@ def test_the_same_run(make: Make, tmp_path: Path, method: str, overrides: dict[s
     assert results[1] is not None
     assert results[1]["gradient_bytes"] <= share * results[0]["gradient_bytes"]
     assert all(row["grad_norm"] > 0 for row in read_metrics(tmp_path / "fused") if "loss" in row)
+
+
+@pytest.mark.parametrize("overrides", [{}, FUSED], ids=["plain", "fused"])
+def test_no_bound_is_no_clipping(make: Make, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    """null as 0, which transformers knows alone; on resume neither is the bound that is the default."""
+    for name, bound in (("null", None), ("zero", 0.0)):
+        assert run.pretrain(resolve(make(name, max_steps=2, max_grad_norm=bound), overrides)) is not None
+    assert_alike(tmp_path / "null", tmp_path / "zero")
+    saved = yaml.safe_load((tmp_path / "null" / "config.yaml").read_text(encoding="utf-8"))
+    now = {bound: resolve(make("null", max_steps=2, max_grad_norm=bound), overrides) for bound in (None, 0.0, 1.0)}
+    assert [bool(config_differences(saved, now[bound])) for bound in (None, 0.0, 1.0)] == [False, False, True]
 
 
 def test_a_killed_run_goes_on(make: Make, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _raised(planner: Planner, setting: Setting, taken: list[Change], usable: int
             continue
         rest = _applied(setting, [one for one in taken if one.number != number])
         if (value := _largest_below(planner, rest, number, usable)) is not None:
-            raised = smaller(number, value, is_largest=True)
+            raised = smaller(number, value, rest, is_largest=True)
             taken = [raised if one is last else one for one in taken if one is last or one.number != number]
     return taken
 
@@ -109,7 +109,7 @@ def _largest_below(planner: Planner, setting: Setting, number: Number, usable: i
     options = setting.work.options
 
     def need(value: float) -> int | None:
-        return _peak(planner, smaller(number, value).apply(setting))
+        return _peak(planner, smaller(number, value, setting).apply(setting))
 
     if number == "batch":
         fitting = (size for size in divisors(setting.batch_size) if (peak := need(size)) is not None and peak <= usable)
@@ -140,7 +140,11 @@ def _peak(planner: Planner, setting: Setting) -> int | None:
 
 
 def largest(planner: Planner, setting: Setting, usable: int) -> list[Largest]:
-    """The largest batch, and the largest rank or density, at which a setting fits, all else as it is."""
+    """The largest batch, and the largest rank or density, at which a setting fits, all else as it is.
+
+    Whatever number of sequences makes a step.
+    """
+    setting = replace(setting, total=None)
     options = setting.work.options
     limits: list[tuple[str, int, int, Callable[[int], Setting]]] = [
         ("batch", LARGEST_BATCH, setting.batch_size, lambda value: replace(setting, batch_size=value))
@@ -213,6 +217,7 @@ def _largest_rank(setting: Setting) -> int:
 
 def variants(planner: Planner, setting: Setting) -> dict[str, Usage]:
     """What the setting needs, and with one thing changed, where the method takes that."""
+    setting = replace(setting, total=None)
     work = setting.work
     toggled = {
         "as asked": setting,

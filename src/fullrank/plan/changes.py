@@ -41,14 +41,21 @@ def changes(setting: Setting) -> Iterator[Change]:
     yield from _of_time(setting)
     yield from _of_states(setting)
     yield from _of_quality(setting)
-    if setting.spread.shards < NODE:
+    if setting.spread.shards < NODE and _over_node(setting).is_even:
         yield Change(
             f"fsdp2 over {NODE} GPUs",
             f"torchrun --nproc_per_node {NODE} ... --trainer.strategy fsdp2",
             f"hardware: {NODE} GPUs in place of {setting.spread.gpus}",
             4,
-            lambda one: replace(one, spread=Spread(NODE, "fsdp2")),
+            _over_node,
         )
+
+
+def _over_node(setting: Setting) -> Setting:
+    """The same over all GPUs of a machine."""
+    over, work = replace(setting, spread=Spread(NODE, "fsdp2")), setting.work
+    accumulates = work.accumulates if over.total is None else over.total > over.batch_size * NODE
+    return replace(over, work=replace(work, accumulates=accumulates))
 
 
 def _of_time(setting: Setting) -> Iterator[Change]:
@@ -63,7 +70,7 @@ def _of_time(setting: Setting) -> Iterator[Change]:
             lambda one: replace(one, work=replace(one.work, checkpointing=True)),
         )
     if setting.batch_size > 1:
-        yield smaller("batch", divisors(setting.batch_size)[0])
+        yield smaller("batch", divisors(setting.batch_size)[0], setting)
     if not work.fused_backward and not work.is_sparse:
         yield Change(
             "update during backward",
@@ -137,28 +144,31 @@ def _of_quality(setting: Setting) -> Iterator[Change]:
         yield _base_of_codes("a 4-bit base", "nf4-double", 3)
     rank = getattr(options, "rank", None)
     if isinstance(rank, int) and rank >= 2 * LEAST_RANK:
-        yield smaller("rank", rank // 2)
+        yield smaller("rank", rank // 2, setting)
     density = getattr(options, "density", None)
     if density is not None and density >= 2 * LEAST_DENSITY:
-        yield smaller("density", density / 2)
+        yield smaller("density", density / 2, setting)
 
 
-def smaller(number: Number, value: float, *, is_largest: bool = False) -> Change:
+def smaller(number: Number, value: float, setting: Setting, *, is_largest: bool = False) -> Change:
     """One that makes a number of a setting smaller.
 
     Args:
         number: Which.
         value: What it becomes.
+        setting: In which it is larger.
         is_largest: Whether a larger one would not fit with the other changes.
     """
     if number == "batch":
         size = int(value)
+        steps = setting.several * setting.batch_size // size
+        more = f" --trainer.gradient_accumulation_steps {steps}" if setting.total is None else ""
         return Change(
             f"batches of {size}, accumulated",
-            f"--trainer.per_device_train_batch_size {size} and the same --trainer.total_batch_size",
+            f"--trainer.per_device_train_batch_size {size}{more}",
             "time: smaller products",
             1,
-            lambda one: replace(one, batch_size=size, work=replace(one.work, accumulates=True)),
+            lambda one: replace(one, batch_size=size, several=steps, work=replace(one.work, accumulates=True)),
             number,
             is_largest,
         )

@@ -261,7 +261,8 @@ def _setting(run: RunConfig, options: PlanOptions) -> Setting:
     )
     strategy = str(trainer.get("strategy") or "ddp")
     spread = Spread(options.gpus, "fsdp2" if strategy == "fsdp2" else "ddp", trainer.get("shard_size"))
-    return Setting(network, work, batch, spread)
+    total, several = trainer.get("total_batch_size"), int(trainer.get("gradient_accumulation_steps", 1))
+    return Setting(network, work, batch, spread, total, several)
 
 
 def _accumulates(trainer: Mapping[str, Any], batch: int, gpus: int) -> bool:

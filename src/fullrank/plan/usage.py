@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fullrank.errors import ConfigError
 from fullrank.methods import METHODS
 from fullrank.plan import formulas
 from fullrank.plan.network import Network
@@ -35,6 +36,16 @@ class Setting:
     batch_size: int = 1
     """Sequences of a batch of one process."""
     spread: Spread = field(default_factory=Spread)
+    total: int | None = None
+    """Sequences of a step over all processes, where that is asked for (``trainer.total_batch_size``)."""
+    several: int = 1
+    """Batches of a step in each process, where these are (``trainer.gradient_accumulation_steps``)."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether whole batches of all processes make a step."""
+        at_once = self.batch_size * self.spread.gpus
+        return self.total is None or (self.total >= at_once and self.total % at_once == 0)
 
     def using(self, **options: Any) -> Setting:
         """The same with other options of the method."""
@@ -88,6 +99,11 @@ class Planner:
         Raises:
             ConfigError: If method, options and network do not go together.
         """
+        if not setting.is_even:
+            raise ConfigError(
+                f"{setting.total} sequences of a step cannot be divided by {setting.spread.gpus} processes with "
+                f"{setting.batch_size} at a time. Change trainer.total_batch_size or the batch."
+            )
         key = (setting.network.key, repr(setting.work), setting.batch_size, setting.spread)
         if key not in self._usages:
             self._usages[key] = self._find(setting)

@@ -165,6 +165,8 @@ def config_differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
 
 def _resolved(trainer: dict[str, Any], key: str, seed: int) -> Any:
     """What a field of the trainer section comes to in a run: an option that is left out has a value too."""
+    if key == "max_grad_norm" and key in trainer:
+        return trainer[key] or 0.0  # null: no clipping
     value = trainer.get(key)
     if value is None:
         value = {**_trainer_defaults(), "data_seed": seed}.get(key)

@@ -64,12 +64,18 @@ def load_trained(name: str, *, adapter: str | None = None, dtype: str | None = N
         dtype: Data type of the weights; None: that of the files.
 
     Raises:
-        ConfigError: If there is no such model, its weights are not safetensors, or the adapter is of another base.
+        ConfigError: If there is no such model, its weights are not safetensors, or the adapter is of another base, or
+            would go on a checkpoint of codes or factors.
         CheckpointError: If the adapter is damaged.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place = model_place(name)
+    if adapter is not None and holds_parts(place):
+        raise ConfigError(
+            f"{place} keeps its weights in parts (codes, or LoRA's factors beside their base), and an adapter goes on "
+            "a plain base. Take the checkpoint as it is, without an adapter, or name the adapter's own base."
+        )
     if adapter is None:
         model = _plain(place)
     elif (Path(adapter) / PEFT_ADAPTER).is_file():

@@ -92,6 +92,8 @@ def make_arguments(config: RunConfig, data: Data, folder: Path) -> TrainingArgum
         ConfigError: If the batch sizes do not divide, or transformers refuses an argument.
     """
     fields = {key: value for key, value in config.trainer.items() if key not in (*OWN_FIELDS, KEEPS_BEST)}
+    if fields.get("max_grad_norm", 0.0) is None:
+        fields["max_grad_norm"] = 0.0  # no clipping, in transformers' words
     if fields.setdefault("dataloader_pin_memory", torch.cuda.is_available()):  # then the host need not wait for copies
         fields["accelerator_config"] = {"non_blocking": True} | (fields.get("accelerator_config") or {})
     if keeps_best(config):
