@@ -14,9 +14,9 @@ CLOSE = 0.02
 """Share of the peak by which plan and run may differ: kernels allocate for themselves, which no plan sees."""
 
 
-def check(method: str, **work: Any) -> None:
+def check(method: str, *, steps: int = 2, **work: Any) -> None:
     asked = setting(method, **work)
-    found, real = Planner().usage(asked), measured(asked)
+    found, real = Planner().usage(asked), measured(asked, steps=steps)
     assert found.source == "traced"
     assert found.states == real["states"]
     assert found.weights == real["weights"]
@@ -64,6 +64,26 @@ def test_more_ways_to_train(methods: tuple[str, ...], work: dict[str, Any]) -> N
 @pytest.mark.parametrize("method", ["sift"])
 def test_bfloat16(method: str) -> None:
     check(method, of=network(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"scope": "model"}, "bfloat16"),
+        ({"selection_batches": 2}, "float32"),
+        pytest.param({"scope": "model", "selection_batches": 2}, "float32", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients_that_a_choice_waits_for(options: dict[str, Any], dtype: str) -> None:
+    """All dense gradients are held until entries are chosen, which takes more than any later step."""
+    check("sift", of=network(2, dtype=dtype), steps=3, options=options)
+
+
+@pytest.mark.slow
+def test_a_choice_among_few_and_among_many_layers() -> None:
+    """As many entries as train in all are compared of each layer: what few layers hold says nothing of many."""
+    check("sift", of=network(7), options={"scope": "model"})
 
 
 WIDE = {"intermediate_size": 192}

@@ -8,6 +8,7 @@ twice in float32.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PER_HIDDEN, PER_INNER = 12, 4
 """Numbers that a layer keeps for a token, for each of its hidden and of its intermediate size."""
+COMPARED = 12
+"""Bytes of the place and the score of an entry among those of the whole model, beside its score in its weight."""
 
 
 def usage(setting: Setting, states: int, on_host: int) -> Usage:
@@ -43,10 +46,13 @@ def usage(setting: Setting, states: int, on_host: int) -> Usage:
     temporaries = 2 * largest if hasattr(work.options, "update_proj_gap") else 0
     in_pass = Held(weights, min(trained, alive), states - on_host, activations, on_host)
     in_step = Held(weights, alive, states - on_host, temporaries, on_host)
-    held, where = max(((in_pass, "backward"), (in_step, "step")), key=lambda one: one[0].total)
+    waiting, choosing = chosen_from(network, work)
+    in_choice = Held(weights, waiting, 0, activations + choosing, 0)
+    moments = ((in_pass, "backward"), (in_step, "step"), (in_choice, "backward"))
+    held, where = max(moments, key=lambda one: one[0].total)
     return Usage(
         weights=weights,
-        gradients=alive,
+        gradients=max(alive, waiting),
         states=states,
         states_on_host=on_host,
         activations=activations,
@@ -88,6 +94,20 @@ def trained_bytes(network: Network, work: Work) -> int:
         return sum(map(own_bytes, model.parameters()))
     beside = wanted_beside(model, options) if hasattr(options, "train_norms") else set()
     return factor_bytes(network, work) + sum(map(own_bytes, beside))
+
+
+def chosen_from(network: Network, work: Work) -> tuple[int, int]:
+    """Bytes of the dense gradients that are held until entries are chosen by them, and of what choosing takes."""
+    options = work.options
+    over_model = getattr(options, "scope", None) == "model"
+    if not work.is_sparse or not (over_model or options.selection_batches > 1):
+        return 0, 0
+    planned, _ = planned_values(network.whole, options)
+    each = [(math.prod(values.layout.shape), values.kept.itemsize) for values in planned]
+    gradients = sum(entries * size for entries, size in each)
+    if not over_model:  # one weight at a time
+        return gradients, max(entries * size for entries, size in each)
+    return gradients, sum(entries * (2 * size + COMPARED) for entries, size in each)
 
 
 def _request(work: Work) -> AdapterRequest | None:

@@ -60,6 +60,21 @@ class Work:
         return hasattr(self.options, "density")
 
     @property
+    def first_steps(self) -> int:
+        """Steps of which the last one's passes choose the entries, as they are traced.
+
+        The second batch that decides is added to the first, and any further one in the same way.
+        """
+        waits = not self.accumulates and getattr(self.options, "selection_batches", 1) > 1
+        return 0 if not self.is_sparse else 2 if waits else 1
+
+    @property
+    def traced_options(self) -> Any:
+        """The method's options, with no more batches that decide than differ in what they hold."""
+        batches = getattr(self.options, "selection_batches", 1)
+        return self.options if batches <= 2 else replace(self.options, selection_batches=2)
+
+    @property
     def takes_codes(self) -> bool:
         """Whether its base may be kept as codes: what trains stands beside the weights from the start to the end."""
         method, options = METHODS[self.method], self.options
@@ -91,7 +106,7 @@ def trace_passes(network: Network, work: Work, *, num_layers: int, batch_size: i
     with quietly(), stand_in() as tracker:
         built = _at_work(model, network, work, tracker)
         _mark_layers(model, tracker)
-        passes = (FIRST, STEADY) if work.is_sparse else (STEADY,)
+        passes = (*[FIRST] * work.first_steps, STEADY)
         for name in passes:
             for is_last in (False, True) if work.accumulates else (True,):
                 tracker.is_accumulating = not is_last
@@ -155,7 +170,7 @@ def _at_work(model: PreTrainedModel, network: Network, work: Work, tracker: Trac
     heard: set[Tensor] = set()
     """Parameters whose gradients are known as such."""
     _hear_gradients(model, tracker, heard)  # before the method: it may free a gradient as it comes
-    options = work.options
+    options = work.traced_options
     if work.fused_backward and hasattr(options, "update_proj_gap"):
         options = replace(options, update_proj_gap=1)  # so that the traced step refreshes
     built = METHODS[work.method].build(model, options)

@@ -6,7 +6,8 @@ counts from the operation that makes it to its end, in the category that it was 
 where this one takes 1.5 s, and it cannot follow a second step.
 
 What decides by content is settled here: a number that is asked for is 1, what is asked of all entries holds (they are
-finite), and of any entry it does not.
+finite), and of any entry it does not. Of marks set at some places as many hold as there were places; a part of them
+has its share, and what is taken by marks is so long.
 Numbers that no fake tensor had a part in, such as counters of steps, are real.
 
 The private parts of torch and transformers are imported here and nowhere else. Where one is missing an
@@ -15,10 +16,12 @@ The private parts of torch and transformers are imported here and nowhere else. 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +50,8 @@ FLASH = 1
 """torch's number of the attention kernel that keeps its output and a number for each row."""
 HOLDS = "_fullrank_holds"
 """Attribute of a condition without content: whether it is taken to hold."""
+MARKED = "_fullrank_marked"
+"""Attribute of marks without content (boolean): how many are set."""
 SETTLED: Mapping[str, Callable[[bool], bool]] = {
     "all": lambda _: True,
     "any": lambda _: False,
@@ -101,11 +106,23 @@ class Tracker(TorchDispatchMode):
                 return func(*args, **kwargs)
         if len(fake) < len(given):
             args, kwargs = tree_map(_without_content, (args, dict(kwargs)))
+        if name == "index":
+            args = (args[0], [self._places(index) for index in args[1]])
         made = func(*args, **kwargs)
+        if given and given[0].dtype == torch.bool:
+            _know_marked(name, args, made)
         if name in SETTLED and fake:
             setattr(made, HOLDS, SETTLED[name](getattr(fake[0], HOLDS, True)))
         self.see(tensor for tensor in _tensors((made,)) if type(tensor) is FakeTensor)
         return made
+
+    def _places(self, index: Any) -> Any:
+        """Where marks are set, which kernels find out before they take what is there; any other index as it is."""
+        if not isinstance(index, Tensor) or not hasattr(index, MARKED):
+            return index
+        places = torch.empty(getattr(index, MARKED), dtype=torch.int64)
+        self.see([places])
+        return places
 
     def see(self, tensors: Iterable[Tensor], category: int | None = None) -> None:
         """Count tensors that are new; with a category, put them there, also those that are known."""
@@ -149,6 +166,17 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _know_marked(name: str, args: Any, made: Any) -> None:
+    """Keep how many marks are set: at how many places they were, and of the parts of a vector the share."""
+    if name == "index_put_":
+        setattr(made, MARKED, math.prod(torch.broadcast_shapes(*(index.shape for index in args[1]))))
+    elif name == "split_with_sizes" and hasattr(args[0], MARKED):
+        num, ends = getattr(args[0], MARKED), [0, *accumulate(args[1])]
+        shares = [num * end // max(ends[-1], 1) for end in ends]
+        for part, (before, until) in zip(made, pairwise(shares), strict=True):
+            setattr(part, MARKED, until - before)
 
 
 def _without_content(value: Any) -> Any:

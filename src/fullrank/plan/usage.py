@@ -152,6 +152,8 @@ class Planner:
         """Every moment of the passes, for all layers and sequences of the setting."""
         network, batch = setting.network, setting.batch_size
         lengths = network.lengths
+        if getattr(setting.work.options, "scope", None) == "model":
+            lengths = (network.num_layers,)  # each layer is compared with as much as all together may train
         batches = MANY if batch > 1 else (1,)
         found = {(n, b): self._traced(setting, n, b) for n in lengths for b in batches}
         if len(lengths) > 1 and any(not alike(found[lengths[0], b], found[lengths[1], b]) for b in batches):
