@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ def num_entries(weight: Tensor) -> int:
     return weight.numel() if state is None else math.prod(state.shape)
 
 
-def dtype_beside(model: nn.Module) -> torch.dtype:
-    """The type of a model's weights, read off the first one that is no codes; float32 where all are."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and not is_quantized(p)), torch.float32)
+def dtype_beside(parameters: Iterable[Tensor], default: torch.dtype = torch.float32) -> torch.dtype:
+    """The type of a model's weights, read off the first one that is no codes; the default where all are."""
+    return next((p.dtype for p in parameters if p.is_floating_point() and not is_quantized(p)), default)
 
 
 def is_encoded(layer: Any) -> bool:

@@ -247,7 +247,10 @@ def _setting(run: RunConfig, options: PlanOptions) -> Setting:
         sequence_length=data.sequence_length,
         num_labels=labels,
     )
-    batch = int(trainer.get("per_device_train_batch_size", 8))
+    batch, total = int(trainer.get("per_device_train_batch_size", 8)), trainer.get("total_batch_size")
+    several = int(trainer.get("gradient_accumulation_steps", 1))
+    if total is not None:
+        several = batches_of_step(total, batch, options.gpus)
     work = Work(
         run.method_name,
         run.method,
@@ -255,18 +258,10 @@ def _setting(run: RunConfig, options: PlanOptions) -> Setting:
         checkpointing=bool(trainer.get("gradient_checkpointing")),
         fused_backward=bool(trainer.get("fused_backward")),
         autocast=bool(trainer.get("bf16") or trainer.get("fp16")),  # types of the same size
-        accumulates=_accumulates(trainer, batch, options.gpus),
+        accumulates=several > 1,
         padded=isinstance(data, GlueConfig) or (isinstance(data, DataConfig) and not data.packing),
         quantization=getattr(run.model, "quantization", None),
     )
     strategy = str(trainer.get("strategy") or "ddp")
     spread = Spread(options.gpus, "fsdp2" if strategy == "fsdp2" else "ddp", trainer.get("shard_size"))
-    total, several = trainer.get("total_batch_size"), int(trainer.get("gradient_accumulation_steps", 1))
     return Setting(network, work, batch, spread, total, several)
-
-
-def _accumulates(trainer: Mapping[str, Any], batch: int, gpus: int) -> bool:
-    """Whether a step takes several batches."""
-    total = trainer.get("total_batch_size")
-    several = int(trainer.get("gradient_accumulation_steps", 1))
-    return (several if total is None else batches_of_step(total, batch, gpus)) > 1

@@ -52,7 +52,8 @@ def sharded(usage: Usage, moments: Moments | None, network: Network, work: Work,
     states, on_host = -(-usage.states // shards), -(-usage.states_on_host // shards)
     passes = _Passes(_parts(network, work), network.num_layers, shards, work.accumulates, copies)
     found = _traced(moments) or _estimated(usage)
-    other, kept, where = max(passes.moments(found, fused=work.fused_backward), key=lambda one: one[0] + one[1])
+    lived = list(passes.moments(found, fused=work.fused_backward))
+    other, kept, where = max(lived, key=lambda one: one[0] + one[1])
     held = Held(weights, kept, states - on_host, other, on_host)
     temporaries = usage.temporaries
     if hasattr(work.options, "update_proj_gap"):
@@ -66,7 +67,7 @@ def sharded(usage: Usage, moments: Moments | None, network: Network, work: Work,
         gradients=-(-trained // shards),
         states=states,
         states_on_host=on_host,
-        activations=max(one[0] for one in passes.moments(found, fused=work.fused_backward)),
+        activations=max(one[0] for one in lived),
         temporaries=temporaries,
         at_peak=stepping if is_step else held,
         where=(STEADY, STEP) if is_step else (STEADY, where),

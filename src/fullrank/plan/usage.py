@@ -39,7 +39,7 @@ class Setting:
     total: int | None = None
     """Sequences of a step over all processes, where that is asked for (``trainer.total_batch_size``)."""
     several: int = 1
-    """Batches of a step in each process, where these are (``trainer.gradient_accumulation_steps``)."""
+    """Batches of a step in each process; what a run is told where it is not told the total."""
 
     @property
     def is_even(self) -> bool:

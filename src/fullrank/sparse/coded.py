@@ -20,7 +20,6 @@ from fullrank.adapter import fingerprint
 from fullrank.coded import (
     ORIGIN,
     dtype_beside,
-    is_quantized,
     layer_with_codes,
     layers_with_codes,
     plain_layer,
@@ -168,10 +167,8 @@ class CodedSeat(Seat):
 
     def leave(self, model: nn.Module, device: torch.device | str | None = None) -> None:
         """Put a plain linear layer in the place of this one, with what it computed with, in the type of the model."""
-        dtypes = (
-            p.dtype for p in model.parameters() if p.is_floating_point() and not (is_quantized(p) or is_values(p))
-        )
-        dtype = next(dtypes, self.sparse.dtype)  # the model may have been cast
+        weights = (parameter for parameter in model.parameters() if not is_values(parameter))
+        dtype = dtype_beside(weights, self.sparse.dtype)  # the model may have been cast
         super().leave(model)
         del self.module.forward
         plain = plain_layer(self.module, self.sparse.whole_weight(), dtype, device=device)
@@ -206,7 +203,7 @@ def weight_of(
     layer = layer_with_codes(model, name)
     if layer is None:
         return SparseWeight(name, weight, layout, num_units, keep_base=keep_base)
-    return CodedWeight(name, layer, layout, num_units, dtype=dtype_beside(model), keep_base=keep_base)
+    return CodedWeight(name, layer, layout, num_units, dtype=dtype_beside(model.parameters()), keep_base=keep_base)
 
 
 def seat_of(part: SparseWeight, module: nn.Module, attribute: str, receiver: Receiver) -> Seat:

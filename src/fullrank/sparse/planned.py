@@ -46,6 +46,6 @@ def planned_values(model: nn.Module, config: Any) -> tuple[list[PlannedValues], 
     planned = []
     for name, weight in targets.items():
         layout = layout_of(model, name, weight, config.granularity, config.block_size, config.scope)
-        kept = weight.dtype if layer_with_codes(model, name) is None else dtype_beside(model)
+        kept = weight.dtype if layer_with_codes(model, name) is None else dtype_beside(model.parameters())
         planned.append(PlannedValues(kept, layout, values_shape(layout, num_chosen(config.density, layout))))
     return planned, list(dense.values())

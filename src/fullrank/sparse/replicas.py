@@ -127,8 +127,8 @@ class Replicas:
         plain = [part for part in self.weights if part.leaf is part.weight]
         sharding.broadcast([part.weight.detach() for part in plain], first, group)
         given = {part: part.given_units() for part in self.weights}
-        marks = marks_of(self.model)
-        beside = [name for name in marks if all(name != part.name for part in self.weights)]
+        marks, own = marks_of(self.model), {part.name for part in self.weights}
+        beside = [name for name in marks if name not in own]
         sums = torch.stack(
             [_checksum(part, given[part], marks.get(part.name, 0)) for part in self.weights]
             + [torch.tensor([0, 0, 0, marks[name]], device=self.weights[0].weight.device) for name in beside]
