@@ -84,7 +84,7 @@ def spend(place: Place, *, spent: Spent) -> dict[str, Any]:
         FusedBackward(optimizer, model=net)
     ids = torch.zeros(spent.tokens, dtype=torch.int64)
     peaks = []
-    for _ in range(3):
+    for _ in range(6):
         gc.collect()
         before = held(model, optimizer)
         with memory.tracked_peak() as tracked:
